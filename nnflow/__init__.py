@@ -1,0 +1,1 @@
+"""The closed-form velocity of flow matching on real image sets."""
