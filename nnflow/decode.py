@@ -1,0 +1,206 @@
+"""The bytes of an image file to uint8 pixels (C, H, W) of a stated size and number of channels.
+
+Upright (EXIF), composed on a background where transparent, 16-bit grey scaled to 8 by 257, cut to
+the middle square, resampled by LANCZOS. An opaque 8-bit image that has the size already keeps its
+values bit for bit. Colours are taken as stored: embedded colour profiles are not applied.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageColor,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from nnflow.errors import InputError
+from nnflow.files import shown
+from nnflow.sources import UnreadableImageError
+
+MAX_PIXELS = 80_000_000  # of one image before scaling; from 89,478,485 on Pillow itself warns
+MAX_SIZE = 4096
+
+# By content, not by name, and called directly: Image.open would warn of large images, and try
+# formats that start other programs (EPS).
+_OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"GIF87a", GifImagePlugin.GifImageFile),
+    (b"GIF89a", GifImagePlugin.GifImageFile),
+    (b"II\x2a\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0\x2a", TiffImagePlugin.TiffImageFile),
+    (b"II\x2b\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0\x2b", TiffImagePlugin.TiffImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"P", PpmImagePlugin.PpmImageFile),
+)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation: what makes it upright
+_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Turns every image of a store into one shape; equal decoders give equal bytes."""
+
+    size: int  # height and width
+    grey: bool = False
+    background: str = "#ffffff"  # under transparent pixels; CSS name or #rrggbb, kept as #rrggbb
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MAX_SIZE:
+            raise InputError(f"size {self.size!r}: wanted a whole number from 1 to {MAX_SIZE}")
+        try:
+            colour = ImageColor.getrgb(self.background)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(_no_colour(self.background)) from error
+        if len(colour) != 3:
+            raise InputError(_no_colour(self.background))
+        object.__setattr__(self, "background", "#{:02x}{:02x}{:02x}".format(*colour))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what `decode` returns."""
+        return (1 if self.grey else 3, self.size, self.size)
+
+    def decode(self, content: bytes, path: str) -> UInt8[np.ndarray, "C H W"]:
+        """The image in `content`; `path` only names it.
+
+        Raises:
+            UnreadableImageError: empty, no image of a known format, cut off, or far too large.
+        """
+        if not content:
+            raise UnreadableImageError(path, "an empty file")
+        try:
+            image = _open(content, path)
+            image = _turned(_flat(image, self.background), _orientation(image))
+            return self._fitted(image)
+        except UnreadableImageError:
+            raise
+        except Exception as error:
+            # Pillow's decoders answer hostile bytes with any of a dozen exceptions, among them
+            # SyntaxError, struct.error, ValueError for large text chunks and IndexError.
+            cause = shown(str(error) or type(error).__name__)
+            raise UnreadableImageError(path, f"damaged or cut off ({cause})") from error
+
+    def _fitted(self, image: Image.Image) -> UInt8[np.ndarray, "C H W"]:
+        """The middle square of an opaque image, at this size."""
+        mode = "L" if self.grey else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        width, height = image.size
+        short = min(width, height)
+        if width != height:
+            # Cut before scaling: the filter must not see what is cut away.
+            left, top = (width - short) // 2, (height - short) // 2
+            image = image.crop((left, top, left + short, top + short))
+        if short != self.size:
+            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)
+        return pixels[None] if self.grey else pixels.transpose(2, 0, 1)
+
+
+def _no_colour(text: object) -> str:
+    return f"background {shown(repr(text))}: wanted a colour name such as white, or #rrggbb"
+
+
+def _open(content: bytes, path: str) -> Image.Image:
+    """The first frame, decoded."""
+    opener = next((make for magic, make in _OPENERS if content.startswith(magic)), None)
+    if opener is None:
+        raise UnreadableImageError(path, "not an image of a known format, whatever its name says")
+    image = opener(io.BytesIO(content))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            path, f"{width} x {height} pixels; wanted at most {MAX_PIXELS:,} in one image"
+        )
+    depth = content[24] if image.format == "PNG" else 8
+    image.load()
+    _scale_transparency(image, depth)
+    return image
+
+
+def _scale_transparency(image: Image.Image, depth: int) -> None:
+    """PNG names its transparent colour in the file's depth; Pillow scales only the pixels."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, int) and image.mode == "L" and depth < 8:
+        image.info["transparency"] = colour * {1: 255, 2: 85, 4: 17}[depth]
+    elif isinstance(colour, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _flat(image: Image.Image, background: str) -> Image.Image:
+    """`image` as opaque L or RGB."""
+    if image.mode in _DEEP_GREY:
+        image = _eight_bits(image)
+    if image.mode in _ALPHA or (image.mode in _OPAQUE and "transparency" in image.info):
+        if image.mode == "La":
+            image = image.convert("LA")
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, background), over).convert("RGB")
+    if image.mode not in _OPAQUE:
+        raise ValueError(f"pixels of type {image.mode}; wanted grey, RGB, CMYK or a palette")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 0 .. 65535 as 0 .. 255, rounded: 257 * v becomes v."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"grey values from {values.min()} to {values.max()}; wanted 0 to 65535 (16 bits)")
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return grey
+    alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 .. 8; 1 (upright) where there is none or it cannot be read.
+
+    Read here and not by Image.getexif, which warns of broken entries it does not need.
+    """
+    exif = image.info.get("exif")
+    # Pillow turns TIFF on loading, and names no "exif" there.
+    if not isinstance(exif, bytes):
+        return 1
+    exif = exif.removeprefix(b"Exif\0\0")  # JPEG has it, PNG and WebP have not
+    if exif[:2] not in (b"II", b"MM"):
+        return 1
+    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(exif[place : place + size], order)
+
+    start = number(4, 4)
+    for entry in range(start + 2, start + 2 + 12 * number(start, 2), 12):
+        if number(entry, 2) == 0x0112:
+            return number(entry + 8, 2)
+    return 1

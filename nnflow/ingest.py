@@ -1,0 +1,323 @@
+"""A source of images into images.h5: decoded by several threads, resumed after a kill.
+
+While it is being built, OUT holds
+    images.h5.plan.json   what is built, from which source; written once the next two exist
+    images.h5.partial     the whole file, but for rows still missing and the fingerprint
+    images.h5.journal     one byte per listed image: 1 once its row is safely in the partial file
+and images.h5 appears by a rename when all is synced. Rows have their place from the start, so the
+bytes depend neither on the number of workers nor on how often the build was killed.
+"""
+
+import csv
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnflow import hdf5file
+from nnflow.decode import Decoder
+from nnflow.errors import InputError, SourceError, StoreError
+from nnflow.files import disk_errors, read_json, shown, sync_folder, whole_file, write_json
+from nnflow.hdf5file import Header, Recipe, Rows, Texts
+from nnflow.sources import Item, Source, UnreadableImageError, open_source
+
+IMAGES = "images.h5"
+SKIPPED = "skipped.csv"
+_CHUNK_BYTES = 1 << 21  # of decoded rows per task ...
+_CHUNK_ITEMS = 16  # ... and images: a photograph takes up to 0.1 s, and a kill costs whole tasks
+_QUEUED = 4  # tasks per worker in flight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What one task did: rows now in the partial file, and images that could not be read."""
+
+    done: list[int]
+    unreadable: dict[int, UnreadableImageError]
+
+
+def build_images(
+    source: Path | str,
+    out: Path | str,
+    *,
+    size: int,
+    grey: bool = False,
+    background: str = "white",
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Builds `out`/images.h5 from the images in `source`, or goes on where a killed build stopped.
+
+    Takes no lock: the caller holds `files.folder_lock(out)`. A finished images.h5 of the same
+    source and parameters is returned as it is, without decoding.
+
+    Args:
+        source: a folder or zip of images (see `sources`).
+        out: the folder; made if missing.
+        size: height and width of the stored images, in pixels.
+        grey: store one channel instead of three.
+        background: colour under transparent pixels, a CSS name or #rrggbb.
+        workers: decoding threads; one per core by default.
+        skip_unreadable: leave out images that cannot be read and list them in skipped.csv.
+        progress: show a bar on stderr.
+
+    Raises:
+        SourceError: no such source, no images, or (without `skip_unreadable`) one unreadable image.
+        StoreError: `out` holds other data, or the disk refuses; what is built so far is kept.
+        InputError: a parameter outside its range.
+    """
+    decoder = Decoder(size=size, grey=grey, background=background)
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers < 1:
+        raise InputError(f"{workers} workers: wanted at least one")
+    out = Path(out)
+    with open_source(source) as images:
+        recipe = Recipe(**dataclasses.asdict(decoder), source=images.digest, listed=len(images.items))
+        whole = out / IMAGES
+        if os.path.lexists(whole):
+            _reuse(whole, recipe, skip_unreadable=skip_unreadable)
+        else:
+            with disk_errors(out, "building in"):
+                out.mkdir(parents=True, exist_ok=True)
+                _Build(
+                    source=images,
+                    out=out,
+                    recipe=recipe,
+                    decoder=decoder,
+                    workers=workers,
+                    skip_unreadable=skip_unreadable,
+                    progress=progress,
+                ).run()
+        _remove_leftovers(out)
+    return whole
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a build has begun in `out` and no images.h5 came of it yet."""
+    return (out / f"{IMAGES}.plan.json").exists() and not (out / IMAGES).exists()
+
+
+def _reuse(path: Path, recipe: Recipe, *, skip_unreadable: bool) -> None:
+    """Refuses the finished file at `path` unless it is what `recipe` would build."""
+    header = hdf5file.read_header(path)
+    if not header.fingerprint:
+        raise StoreError(f"{shown(path)}: unfinished, under a finished name; remove it")
+    _refuse_other(path.parent, header.recipe, recipe)
+    missing = recipe.listed - header.shape[0]
+    if missing and not skip_unreadable:
+        raise SourceError(
+            f"{shown(path)}: built without {missing} unreadable images, listed in {SKIPPED}; "
+            "pass --skip-unreadable to use it so"
+        )
+
+
+def _refuse_other(out: Path, there: Recipe, asked: Recipe) -> None:
+    for name in ("size", "grey", "background", "listed", "source"):
+        old, new = getattr(there, name), getattr(asked, name)
+        if old != new:
+            what = {"listed": "source: images", "source": "source: digest of its listing"}
+            raise StoreError(
+                f"{shown(out)}: built with another {what.get(name, name)} {shown(old)}, asked for "
+                f"{shown(new)}; name another OUT, or remove this one"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Build:
+    """One build in one folder, from its plan to the rename."""
+
+    source: Source
+    out: Path
+    recipe: Recipe
+    decoder: Decoder
+    workers: int
+    skip_unreadable: bool
+    progress: bool
+
+    @property
+    def partial(self) -> Path:
+        return self.out / f"{IMAGES}.partial"
+
+    @property
+    def journal(self) -> Path:
+        return self.out / f"{IMAGES}.journal"
+
+    @property
+    def plan(self) -> Path:
+        return self.out / f"{IMAGES}.plan.json"
+
+    @property
+    def compact(self) -> Path:
+        return self.out / f"{IMAGES}.compact"
+
+    def run(self) -> None:
+        """Everything up to a whole images.h5."""
+        header = self._unfinished() or self._started()
+        with Rows(self.partial, self.journal, header) as rows:
+            unreadable = _decode_all(self, rows)
+            finished = self._without(unreadable, rows) if unreadable else self.partial
+        if not unreadable:
+            (self.out / SKIPPED).unlink(missing_ok=True)
+        hdf5file.seal(finished)
+        finished.replace(self.out / IMAGES)
+        sync_folder(self.out)
+
+    def _unfinished(self) -> Header | None:
+        """What a killed build left to go on with, if anything."""
+        if not self.plan.exists():
+            return None
+        try:
+            there = Recipe(**read_json(self.plan, "the plan of an unfinished build"))
+        except TypeError as error:
+            raise StoreError(f"{shown(self.plan)}: not a plan of this nnflow; remove it") from error
+        _refuse_other(self.out, there, self.recipe)
+        try:
+            header = hdf5file.read_header(self.partial)
+            whole = self.journal.stat().st_size == self.recipe.listed == header.shape[0]
+        except (StoreError, OSError):
+            return None
+        return header if whole and header.recipe == self.recipe else None
+
+    def _started(self) -> Header:
+        """A new file of missing rows. The plan comes last: without it nothing has been decoded."""
+        _remove_leftovers(self.out)
+        try:
+            self._allocate(self.partial, self.source.items)
+            with self.journal.open("wb") as file:
+                file.write(bytes(self.recipe.listed))
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(self.plan, dataclasses.asdict(self.recipe))
+        except BaseException:
+            _remove_leftovers(self.out)  # a full disk gets its room back
+            raise
+        return hdf5file.read_header(self.partial)
+
+    def _allocate(self, path: Path, items: Sequence[Item]) -> None:
+        """An images.h5 for `items` without its pixels, its room on the disk reserved."""
+        classes = sorted({item.group for item in items if item.group is not None})
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = [-1 if item.group is None else numbers[item.group] for item in items]
+        hdf5file.create(
+            path,
+            (len(items), *self.decoder.shape),
+            self.recipe,
+            labels=np.asarray(labels, np.int64),
+            classes=classes,
+            paths=Texts.of([item.path for item in items]),
+        )
+
+    def _without(self, unreadable: dict[int, UnreadableImageError], rows: Rows) -> Path:
+        """A file of the readable images only, and skipped.csv."""
+        kept = [row for row in range(self.recipe.listed) if row not in unreadable]
+        self.compact.unlink(missing_ok=True)
+        self._allocate(self.compact, [self.source.items[row] for row in kept])
+        header = hdf5file.read_header(self.compact)
+        with self.compact.open("r+b") as file:
+            at = header.pixels_at
+            at_most = max(1, hdf5file.COPY_BYTES // header.row_bytes)
+            for first, count in hdf5file.runs(kept, at_most):
+                at += hdf5file.write_at(file.fileno(), rows.get(first, count), at)
+        with whole_file(self.out / SKIPPED) as partial:
+            _write_skipped(partial, [unreadable[row] for row in sorted(unreadable)])
+        return self.compact
+
+
+def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
+    """Decodes the rows not done yet; the images that could not be read, by row.
+
+    Raises:
+        SourceError: the first unreadable image, or with `skip_unreadable` when none was readable.
+    """
+    todo = np.flatnonzero(~rows.done).tolist()
+    step = max(1, min(_CHUNK_ITEMS, _CHUNK_BYTES // rows.header.row_bytes))
+    unreadable: dict[int, UnreadableImageError] = {}
+    total = len(rows.done)
+    bar = tqdm(
+        total=total,
+        initial=total - len(todo),
+        desc="ingest",
+        unit="image",
+        disable=not build.progress,
+    )
+    with bar, ThreadPoolExecutor(build.workers, thread_name_prefix="ingest") as pool:
+        pending: deque[Future[_Outcome]] = deque()
+        try:
+            for first in range(0, len(todo), step):
+                pending.append(pool.submit(_decode_some, build, rows, todo[first : first + step]))
+                if len(pending) >= _QUEUED * build.workers:
+                    bar.update(_collect(build, rows, pending.popleft(), unreadable))
+            while pending:
+                bar.update(_collect(build, rows, pending.popleft(), unreadable))
+        finally:
+            # Also after an error or Ctrl-C: what the threads have finished is kept.
+            for future in pending:
+                if not future.cancel() and future.exception() is None:
+                    rows.note(future.result().done)
+            rows.sync()
+    if len(unreadable) == total:
+        error = unreadable[0]
+        raise SourceError(f"none of the {total} images could be read; the first: {error}")
+    return unreadable
+
+
+def _decode_some(build: _Build, rows: Rows, positions: list[int]) -> _Outcome:
+    block = np.empty((len(positions), *rows.header.shape[1:]), np.uint8)
+    done: list[int] = []
+    unreadable = {}
+    for position in positions:
+        item = build.source.items[position]
+        try:
+            block[len(done)] = build.decoder.decode(build.source.read(item), item.path)
+            done.append(position)
+        except UnreadableImageError as error:
+            # Not `error` itself: its traceback would keep the block of every such task alive.
+            unreadable[position] = UnreadableImageError(error.path, error.cause)
+    rows.put(done, block)
+    return _Outcome(done, unreadable)
+
+
+def _collect(
+    build: _Build,
+    rows: Rows,
+    task: Future[_Outcome],
+    unreadable: dict[int, UnreadableImageError],
+) -> int:
+    """Notes what `task` did; the number of images it looked at."""
+    outcome = task.result()
+    rows.note(outcome.done)
+    unreadable |= outcome.unreadable
+    if outcome.unreadable and not build.skip_unreadable:
+        # Tasks are collected in order, so this is the same image whatever the number of workers.
+        first = outcome.unreadable[min(outcome.unreadable)]
+        raise UnreadableImageError(
+            first.path,
+            f"{first.cause}; pass --skip-unreadable to leave it out (what is read is kept)",
+        )
+    return len(outcome.done) + len(outcome.unreadable)
+
+
+def _write_skipped(path: Path, unreadable: Sequence[UnreadableImageError]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "reason"])
+        table.writerows([_cell(error.path), _cell(error.cause)] for error in unreadable)
+
+
+def _cell(text: str) -> str:
+    """`text` as a spreadsheet shows it instead of computing it."""
+    text = shown(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what exists only while building."""
+    for name in ("partial", "journal", "plan.json", "plan.json.partial", "compact"):
+        (out / f"{IMAGES}.{name}").unlink(missing_ok=True)
+    (out / f"{SKIPPED}.partial").unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""ImageStore: a finite set of images as one memory-mapped array, with labels and names.
+
+The codec between stored and computed pixels:  p in 0 .. 255  <->  p / 127.5 - 1 in [-1, 1].
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from nnflow import hdf5file
+from nnflow.errors import InputError, StoreError
+from nnflow.files import folder_lock, shown
+from nnflow.ingest import IMAGES, build_images, is_unfinished
+
+
+def to_float(pixels: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """0 .. 255 to float32 in [-1, 1]."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1)
+
+
+def to_uint8(images: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """[-1, 1] to 0 .. 255, rounded; values outside are clamped, NaN is black."""
+    return images.float().add(1).mul_(127.5).nan_to_num_(nan=0.0).round_().clamp_(0, 255).byte()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageStore:
+    """n images of one shape, stored by class; made by `build`, reopened by `open`.
+
+    Pixels are read from the file as they are needed: in memory are only labels and paths.
+    """
+
+    folder: Path
+    shape: tuple[int, int, int, int]  # n, C, H, W
+    labels: Int[Tensor, " n"]  # int64, ascending; -1 everywhere when the source has no classes
+    classes: tuple[str, ...]  # sorted names; () when none
+    paths: Sequence[str]  # of the n images within their source
+    fingerprint: str  # of pixels, labels, classes and shape
+    pixels: UInt8[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
+
+    @classmethod
+    def build(
+        cls,
+        source: Path | str,
+        path: Path | str,
+        *,
+        size: int,
+        grey: bool = False,
+        background: str = "white",
+        workers: int | None = None,
+        skip_unreadable: bool = False,
+        progress: bool = False,
+    ) -> "ImageStore":
+        """The images of `source` in the folder `path`: built, finished after a kill, or reused.
+
+        Arguments and errors are those of `ingest.build_images`.
+
+        Raises:
+            BusyError: another process is building in `path`.
+        """
+        with folder_lock(Path(path)):
+            build_images(
+                source,
+                path,
+                size=size,
+                grey=grey,
+                background=background,
+                workers=workers,
+                skip_unreadable=skip_unreadable,
+                progress=progress,
+            )
+            return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "ImageStore":
+        """The store in the folder `path`, or at its images.h5.
+
+        Raises:
+            StoreError: missing, unfinished, truncated, foreign, or of another version.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / IMAGES
+            if is_unfinished(path.parent):
+                raise StoreError(f"{shown(path.parent)}: its build has not finished; repeat its command")
+        header = hdf5file.read_header(path)
+        if not header.fingerprint:
+            raise StoreError(f"{shown(path)}: its build has not finished; repeat the command")
+        return cls(
+            folder=path.parent,
+            shape=header.shape,
+            labels=torch.from_numpy(header.labels),
+            classes=header.classes,
+            paths=header.paths,
+            fingerprint=header.fingerprint,
+            pixels=_mapped(path, header),
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        count, *shape = self.shape
+        classes = len(self.classes)
+        return f"ImageStore({shown(self.folder)}: {count} images {tuple(shape)}, {classes} classes)"
+
+    def images(self, ids: Tensor) -> Float[Tensor, "B C H W"]:
+        """Images `ids`, int64 (B,) in [0, n), as float32 (B, C, H, W) in [-1, 1] where `ids` is.
+
+        Raises:
+            InputError: ids of another shape or type, or outside [0, n).
+        """
+        if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype != torch.int64:
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise InputError(f"ids: wanted an int64 tensor of shape (B,), got {got}")
+        rows = ids.cpu()
+        low, high = (int(rows.min()), int(rows.max())) if len(rows) else (0, 0)
+        if low < 0 or high >= len(self):
+            raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
+        chosen = self.pixels[rows].to(ids.device)
+        return to_float(chosen).reshape(len(rows), *self.shape[1:])
+
+    def class_rows(self, label: int) -> slice:
+        """The rows of class `label`: images of one class are stored together.
+
+        Raises:
+            InputError: no such class.
+        """
+        if not 0 <= label < len(self.classes):
+            known = f"0 to {len(self.classes) - 1}" if self.classes else "of which there are none"
+            raise InputError(f"label {label}: wanted one of the stored classes, {known}")
+        ends = torch.searchsorted(self.labels, torch.tensor([label, label + 1])).tolist()
+        return slice(*ends)
+
+
+def _mapped(path: Path, header: hdf5file.Header) -> Tensor:
+    """The pixels as a tensor over a read-only map of the file.
+
+    Not a copy-on-write map: the kernel counts all of that as memory promised to this process, and
+    refuses it when the file is larger than memory and swap.
+    """
+    count = header.shape[0]
+    rows = np.memmap(path, np.uint8, "r", header.pixels_at, (count, header.row_bytes))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        return torch.from_numpy(rows)
