@@ -1,0 +1,192 @@
+"""Imports faiss, or says which extra to install or remove; makes, keeps and asks its indexes.
+
+faiss answers what it cannot do with a RuntimeError of its own words: here they become nnflow's.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from nnflow.errors import InputError, MissingExtraError, StoreError
+from nnflow.files import shown, whole_file
+
+_CPU = ("faiss-cpu",)
+_GPU = ("faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs", "faiss-gpu-cuvs-cu12")
+
+
+def _installed(names: tuple[str, ...]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            continue
+        found.append(name)
+    return found
+
+
+def check_faiss() -> None:
+    """Refuses to start with two faiss wheels: they overwrite each other's files silently.
+
+    Raises:
+        MissingExtraError: both a CPU and a GPU wheel are installed.
+    """
+    cpu, gpu = _installed(_CPU), _installed(_GPU)
+    if cpu and gpu:
+        raise MissingExtraError(
+            f"{cpu[0]} and {gpu[0]} are both installed and overwrite each other's files; remove both, "
+            f"then install one: pip uninstall {cpu[0]} {' '.join(gpu)}; pip install 'nnflow[gpu]' (or "
+            "'nnflow[cpu]' without an NVIDIA GPU)"
+        )
+
+
+check_faiss()
+try:
+    import faiss
+except ModuleNotFoundError as error:
+    raise MissingExtraError(
+        "nnflow needs faiss and finds none: pip install 'nnflow[cpu]', or 'nnflow[gpu]' with an NVIDIA GPU"
+    ) from error
+
+MAX_GPU_K = 2048  # faiss' GPU kernels answer no more neighbours than this
+
+
+def gpu_count() -> int:
+    """GPUs that this faiss can use; 0 with the CPU wheel."""
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+
+
+def on_all_gpus(vectors: Any) -> Any:
+    """A copy of `vectors` on every GPU; None without one, or where faiss keeps this kind on the CPU."""
+    if not gpu_count():
+        return None
+    try:
+        return faiss.index_cpu_to_all_gpus(vectors)
+    except RuntimeError:  # HNSW and many others have no GPU version
+        return None
+
+
+def make_index(kind: str, rank: int, count: int) -> Any:
+    """The empty faiss index of `rank` coordinates that `kind` names, meant for `count` images.
+
+    Raises:
+        InputError: faiss knows no such kind, or it is one that answers wrongly on these data.
+    """
+    if kind == "flat":
+        return faiss.IndexFlatL2(rank)
+    if kind == "ivf":
+        kind = f"IVF{max(1, min(4 * round(math.sqrt(count)), count // 39))},Flat"
+    elif "SQ8_direct" in kind:
+        raise InputError(
+            "index kind with SQ8_direct: it stores bytes, and coordinates are not bytes; use SQ8 or SQfp16"
+        )
+    with _said_of(kind, rank):
+        vectors = faiss.index_factory(rank, kind)
+    lists = lists_of(vectors)
+    if lists is not None:
+        lists.nprobe = max(1, lists.nlist // 16)
+    return vectors
+
+
+@contextlib.contextmanager
+def filling(kind: str, rank: int, count: int) -> Iterator[None]:
+    """Turns faiss' refusal to train or add into an `InputError`."""
+    with _said_of(kind, rank, f" and {count} images"):
+        yield
+
+
+@contextlib.contextmanager
+def _said_of(kind: str, rank: int, images: str = "") -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        cause = shown(str(error).strip().split("\n")[0].rsplit("Error: ", 1)[-1].rsplit(" failed: ", 1)[-1])
+        raise InputError(
+            f"index kind {shown(kind)!r} with {rank} coordinates{images}: faiss refuses it ({cause}); wanted "
+            "flat, ivf, or a factory string such as IVF4096,SQfp16"
+        ) from error
+
+
+def lists_of(vectors: Any) -> Any:
+    """The inverted lists within `vectors`, also behind a rotation or a refinement; None without."""
+    return faiss.try_extract_index_ivf(vectors)
+
+
+def search_within(vectors: Any, queries: Any, k: int, rows: slice) -> tuple[Any, Any]:
+    """Squared distances and ids of the `k` nearest among the ids of a slice. Not on a GPU, which ignores it.
+
+    Raises:
+        InputError: an index of this kind can only search all images.
+    """
+    try:
+        found: tuple[Any, Any] = vectors.search(queries, k, params=_within(vectors, rows))
+    except RuntimeError as error:
+        name = type(faiss.downcast_index(vectors)).__name__
+        raise InputError(
+            f"faiss' {name} cannot search within one class; build the index with kind flat, ivf or "
+            "IVF4096,SQfp16"
+        ) from error
+    return found
+
+
+def _within(vectors: Any, rows: slice) -> Any:
+    inner, selector = faiss.downcast_index(vectors), faiss.IDSelectorRange(rows.start, rows.stop)
+    if isinstance(inner, faiss.IndexPreTransform):
+        below = _within(inner.index, rows)
+        return faiss.SearchParametersPreTransform(index_params=below)  # type: ignore[call-arg]
+    if isinstance(inner, faiss.IndexRefine):
+        below, more = _within(inner.base_index, rows), inner.k_factor
+        return faiss.IndexRefineSearchParameters(  # type: ignore[call-arg]
+            k_factor=more, base_index_params=below
+        )
+    if isinstance(inner, faiss.IndexIVF):
+        # all lists: those nearest to the query may hold no image of the slice
+        return faiss.SearchParametersIVF(sel=selector, nprobe=inner.nlist)  # type: ignore[call-arg]
+    return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+
+
+def write_index(vectors: Any, path: Path) -> None:
+    """Writes `vectors` to `path`, whole or not at all.
+
+    Raises:
+        StoreError: the disk is full or refuses.
+    """
+    try:
+        with whole_file(path) as partial:
+            faiss.write_index(vectors, str(partial))
+    except RuntimeError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"writing {shown(path)}: faiss could not write all of it; free space or name another disk"
+        ) from error
+
+
+def read_index(path: Path) -> Any:
+    """The index in `path`. Only for files known to be ours: on hostile bytes faiss may crash.
+
+    Raises:
+        StoreError: faiss cannot make an index of it.
+    """
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise StoreError(f"{shown(path)}: faiss cannot read it; build the index again") from error
+
+
+__all__ = [
+    "MAX_GPU_K",
+    "check_faiss",
+    "faiss",
+    "filling",
+    "gpu_count",
+    "lists_of",
+    "make_index",
+    "on_all_gpus",
+    "read_index",
+    "search_within",
+    "write_index",
+]

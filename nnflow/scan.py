@@ -1,0 +1,216 @@
+"""Every stored image in one sum: the exact field, and exact nearest neighbours.
+
+    l_i = t (x.x_i) / (1-t)^2 - t^2 |x_i|^2 / (2 (1-t)^2)          (docs/field.md, eq. 5)
+
+which is the logit of eq. 3 less a term the images share; written so, nothing is divided by t. It is one
+matrix product per block of images, and in float32 off by up to 0.4 in a weight at t = .99, where two
+near-duplicates compete: the expansion finds who matters, `nearfield` weighs those by difference.
+
+Axes:  B queries   R images of a block   n images   K images weighed by difference   D = C*H*W
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from nnflow.errors import InputError
+from nnflow.memory import DEFAULT_BUDGET, rows_within
+from nnflow.nearfield import Near, by_difference, competing_margin, weigh
+from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.store import ImageStore
+from nnflow.support import Part, Support
+from nnflow.weighted import WeightedMean
+
+_PLAIN_GAIN = 0.1  # t = .085: by then the expansion leaves 3e-6 of relative error in the velocity
+_PLAIN_GAIN = 0.1  # t = .085: by then the expansion leaves 3e-6 of relative error in the velocity
+_WEIGHED = 32  # images per query weighed by difference
+# Where the expansion errs by 1e-3 and more (gain above 5: t > .64) and those 32 all compete, this many are.
+_WEIGHED_WIDE, _WIDE_GAIN = 1024, 5.0
+# Share of the mass outside the K images below which their mean is the mean: a rounding of float32.
+_NEGLIGIBLE = 1e-8
+
+
+class AllImages(Support):
+    """The whole sum of docs/field.md, eq. 1, streamed in blocks within a memory budget."""
+
+    def __init__(self, rows: PixelRows, *, budget: int) -> None:
+        super().__init__(rows, budget=budget)
+        self._norms = rows.squared_norms(budget).float()
+
+    def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
+        """Two passes over the images: their logits, then the mean of those queries that need it.
+
+        A query whose mass lies on the K images weighed by difference is done after the first pass.
+        """
+        count = images.stop - images.start
+        # A quarter is the pixel block, a quarter the differences; the rest holds the logits, the copy of
+        # those whose mean needs the second pass, and a few vectors.
+        per_query = 8 * count + 24 * self.rows.dim
+        chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
+        parts = [
+            self._chunk(some, times, images)
+            for some, times in zip(x.split(chunk), t.split(chunk), strict=True)
+        ]
+        weighted = WeightedMean(
+            torch.cat([part.log_mass for part in parts]),
+            torch.cat([part.log_square for part in parts]),
+            torch.cat([part.mean for part in parts]),
+        )
+        return Part(weighted, torch.full_like(weighted.log_mass, -torch.inf), None)
+
+    def _chunk(self, x: Tensor, t: Tensor, images: slice) -> WeightedMean:
+        logits = self._logits(x, t, images)
+        top, places = logits.topk(min(_WEIGHED, logits.shape[1]), dim=1)
+        near = weigh(
+            self.rows,
+            places + images.start,
+            x,
+            t,
+            budget=self.budget // 4,
+            norms=self._norms,
+            plain_gain=_PLAIN_GAIN,
+        )
+        # From here on logits are relative to the anchor's, and those by difference replace the others.
+        logits.sub_(top.gather(1, near.anchor[:, None])).scatter_(1, places, near.logits)
+        self._widen(logits, places, near, x, t, images)
+        highest = logits.amax(1)
+        # exp(-80) adds 1e-35 an image; below exp(-87) float32 is denormal and products with it crawl.
+        weights = logits.sub_(highest[:, None]).clamp_min_(-80.0).exp_()
+        # Summed in float32, whose cascade errs by 1e-7: in float64 torch copies all weights first.
+        mass = weights.sum(1).double()
+        log_mass = near.offset + highest.double() + mass.log()
+        squares = torch.linalg.vector_norm(weights, dim=1).double().log()
+        mean = near.mean
+        settled = (near.logits - highest[:, None]).exp().sum(1, dtype=torch.float64)
+        rest = (mass - settled > _NEGLIGIBLE * mass).nonzero()[:, 0]
+        if len(rest):
+            some = weights if len(rest) == len(x) else weights[rest]
+            # divided in float32: by a float64 column torch would first copy all weights at twice the size
+            mean[rest] = self._mean(some.div_(mass[rest, None].float()), images)
+        return WeightedMean(log_mass, 2 * (squares - mass.log() + log_mass), mean)
+
+    def _widen(self, logits: Tensor, places: Tensor, near: Near, x: Tensor, t: Tensor, images: slice) -> None:
+        """Weighs more images by difference where all of `places` compete: crowds of near-duplicates."""
+        gain = t.double() / (1 - t.double()).square()
+        crowded = (near.logits.amin(1) > -competing_margin(x, t)) & (gain > _WIDE_GAIN)
+        if places.shape[1] == logits.shape[1]:
+            return
+        for row in crowded.nonzero()[:, 0].tolist():
+            here = slice(row, row + 1)
+            ids = logits[here].topk(min(_WEIGHED_WIDE, logits.shape[1]), dim=1).indices
+            # the anchor first, so that both sets of logits are relative to it
+            ids = torch.cat([places[here].gather(1, near.anchor[here, None]), ids], 1)
+            anchor = torch.zeros(1, dtype=torch.int64, device=ids.device)
+            wide = by_difference(
+                self.rows, ids + images.start, x[here], t[here], anchor, budget=self.budget // 4
+            )
+            logits[here].scatter_(1, ids, wide)
+
+    def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """Half the diagonal of the cube [-1, 1]^D, plus the way from its centre: never asked in earnest."""
+        return math.sqrt(self.rows.dim) + mean.double().norm(dim=1)
+
+    def _logits(self, x: Tensor, t: Tensor, images: slice) -> Float[Tensor, "B n"]:
+        inverse = (1 - t.double()).square().reciprocal()
+        scale = (t.double() * inverse / HALF_RANGE).float()
+        norm_scale = (-0.5 * t.double().square() * inverse).float()
+        scaled = x * scale[:, None]
+        logits = x.new_empty(len(x), images.stop - images.start)
+        for start, stop, block in self._blocks(images):
+            # x.x_i = x.p_i / 127.5 - sum(x), and sum(x) is shared by all images
+            product = torch.mm(scaled, block.T).addr_(norm_scale, self._norms[start:stop])
+            logits[:, start - images.start : stop - images.start] = product
+        return logits
+
+    def _mean(self, weights: Float[Tensor, "B n"], images: slice) -> Float[Tensor, "B D"]:
+        total = weights.new_zeros(len(weights), self.rows.dim)
+        for start, stop, block in self._blocks(images):
+            total.addmm_(weights[:, start - images.start : stop - images.start], block)
+        return total.div_(HALF_RANGE).sub_(1)
+
+    def _blocks(self, images: slice) -> Iterator[tuple[int, int, Tensor]]:
+        room = self.rows.new_block(self.rows.block_rows(self.budget))
+        for start in range(images.start, images.stop, len(room)):
+            stop = min(start + len(room), images.stop)
+            yield start, stop, self.rows.read(start, stop, room)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The stored images nearest to S queries, nearest first.
+
+    Attributes:
+        ids: rows of the store.
+        distances: L2 in [-1, 1] units, by difference.
+    """
+
+    ids: Int[Tensor, "S k"]
+    distances: Float[Tensor, "S k"]
+
+
+def nearest_images(
+    store: ImageStore,
+    x: Tensor,
+    k: int,
+    *,
+    memory: int = DEFAULT_BUDGET,
+    progress: bool = False,
+) -> Nearest:
+    """The `k` stored images nearest to each of `x` in pixels, by comparing with all of them.
+
+    One matrix product per block proposes k + 32 candidates, differences order them: exact but for ties
+    closer than float32 rounding.
+
+    Args:
+        store: the images.
+        x: float (S, C, H, W), in [-1, 1] units.
+        k: neighbours wanted.
+        memory: working memory in bytes.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: k outside 1 ... n, a shape that is not the store's, or NaN.
+    """
+    if not 1 <= k <= len(store):
+        raise InputError(f"k = {k} neighbours: wanted 1 to the {len(store)} images stored")
+    if tuple(x.shape[1:]) != store.shape[1:] or not bool(x.isfinite().all()):
+        raise InputError(
+            f"images of shape {tuple(x.shape)}: wanted finite values of shape (S, "
+            f"{', '.join(map(str, store.shape[1:]))})"
+        )
+    rows = PixelRows(store.pixels)
+    flat = x.detach().flatten(1).float()
+    wanted = min(k + _WEIGHED, len(store))
+    # scores of one block and the differences of the candidates
+    per_query = 8 * rows.block_rows(memory) + 8 * wanted * rows.dim
+    chunk = rows_within(memory, per_query, at_most=len(x), what="scores", share=2)
+    ids, distances = [], []
+    for queries in tqdm(flat.split(chunk), "nearest images", disable=not progress):
+        places = _top_by_expansion(rows, queries, wanted, memory)
+        squares = queries.new_empty(places.shape)
+        for row, (query, mine) in enumerate(zip(queries, places, strict=True)):
+            squares[row] = (rows.gather(mine).float().div_(HALF_RANGE).sub_(1) - query).square().sum(1)
+        order = squares.argsort(dim=1, stable=True)[:, :k]
+        ids.append(places.gather(1, order))
+        distances.append(squares.gather(1, order).sqrt())
+    return Nearest(torch.cat(ids), torch.cat(distances))
+
+
+def _top_by_expansion(rows: PixelRows, x: Float[Tensor, "S D"], k: int, budget: int) -> Int[Tensor, "S k"]:
+    """Ids of the k largest x.x_i - |x_i|^2 / 2, kept block by block; ascending by id."""
+    best = x.new_empty(len(x), 0)
+    ids = torch.empty(len(x), 0, dtype=torch.int64)
+    room = rows.new_block(rows.block_rows(budget))
+    for start in range(0, rows.count, len(room)):
+        block = rows.read(start, min(start + len(room), rows.count), room)
+        block.div_(HALF_RANGE).sub_(1)
+        scores = torch.mm(x, block.T).sub_(0.5 * block.square().sum(1))
+        here = torch.arange(start, start + len(block)).expand(len(x), -1)
+        best, places = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + len(block)), dim=1)
+        ids = torch.cat([ids, here], 1).gather(1, places)
+    return ids.sort(1).values
