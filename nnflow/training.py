@@ -1,0 +1,241 @@
+"""Flow-matching training: E | u_theta(x_t, t) - target(x_t, t, x1) |^2, minimised by Adam.
+
+A run is a folder (see `checkpoint`); `train` begins one or goes on with it.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnflow import checkpoint as checkpoints
+from nnflow.checkpoint import RunRecord
+from nnflow.config import TrainConfig
+from nnflow.diary import Diary, diary
+from nnflow.errors import InputError
+from nnflow.files import folder_lock
+from nnflow.index import NeighbourIndex
+from nnflow.memory import parse_bytes
+from nnflow.store import ImageStore
+from nnflow.targets import EmpiricalFlowMatcher, make_matcher
+from nnflow.trainer import Trainer
+from nnflow.unet import LearnedVelocity, build, newest_checkpoint, train_extra
+from nnflow.velocity import EmpiricalVelocity
+
+OnSample = Callable[[LearnedVelocity, int, Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a run ended.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: its newest one.
+        step: optimiser steps taken in all.
+        loss: mean squared error per pixel over the last `log_every` steps; nan where none was
+            taken.
+        seconds: this call took.
+        interrupted: stopped by SIGINT before the last step.
+    """
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    loss: float
+    seconds: float
+    interrupted: bool
+
+
+def train(
+    source: ImageStore | NeighbourIndex,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    on_sample: OnSample | None = None,
+) -> Trained:
+    """Trains a network on the images of `source`; the folder `out` holds everything of the run.
+
+    Under `accelerate launch` each process calls this with the same arguments; one of them writes.
+
+    Args:
+        source: the images; an index where the target needs neighbours.
+        out: a new folder, or with `resume` that of a run.
+        config: every knob; see `resolve`.
+        resume: go on from the newest checkpoint. `config` may ask for more steps, nothing else.
+        progress: a bar on stderr.
+        on_sample: called as on_sample(averaged network, step, folder) every `sample_every` steps
+            and after the last, in the process that writes.
+
+    Raises:
+        InputError: a config that does not suit these images or this machine.
+        CheckpointError: `out` holds another run, or a checkpoint that is damaged; or the loss is
+            no longer finite.
+        BusyError: another process trains in `out`.
+        StoreError: `out` cannot be written; what was written before is kept.
+        MissingExtraError: the extra `train` is not installed.
+    """
+    run, began = Path(out), time.perf_counter()
+    accelerator = _accelerator(config)
+    store = source.store if isinstance(source, NeighbourIndex) else source
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_same_random_state_after(accelerator.device))
+        matcher = _matcher(source, config, accelerator.device)
+        record = _record(source, config)
+        network = build(config, record.shape, len(record.classes))
+        if accelerator.is_main_process:
+            stack.enter_context(folder_lock(run))
+            checkpoints.start_run(run, record, resume=resume)
+        accelerator.wait_for_everyone()
+        trainer = Trainer(accelerator, store, matcher, network, record, run)
+        trainer.restore()
+        notes = stack.enter_context(
+            diary(
+                accelerator,
+                run / "logs",
+                first=trainer.step,
+                last=config.steps,
+                batch=config.batch,
+                progress=progress,
+            )
+        )
+        interrupt = stack.enter_context(_interruptible())
+        loss = _loop(trainer, notes, interrupt, on_sample)
+        done = newest_checkpoint(run)
+        assert done is not None
+        return Trained(
+            folder=run,
+            checkpoint=done,
+            step=trainer.step,
+            loss=loss,
+            seconds=time.perf_counter() - began,
+            interrupted=trainer.step < config.steps,
+        )
+
+
+def _loop(
+    trainer: Trainer,
+    notes: Diary,
+    interrupt: threading.Event,
+    on_sample: OnSample | None,
+) -> float:
+    """Steps until the last one or until interrupted; the mean loss of the last few."""
+    config = trainer.config
+    saved = trainer.step
+    if trainer.step == 0:
+        trainer.save()  # so that there is something to go on from, whatever happens
+    while trainer.step < config.steps:
+        notes.note(*trainer.advance())
+        last = trainer.step == config.steps
+        stop = trainer.stop_agreed(interrupt.is_set())
+        if last or stop or trainer.step % config.log_every == 0:
+            trainer.check()
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            notes.write(trainer.step, rate, trainer.targets.take())
+        if last or stop or trainer.step % config.checkpoint_every == 0:
+            trainer.save()
+            saved = trainer.step
+        drawn = config.sample_every and (last or trainer.step % config.sample_every == 0)
+        if on_sample and drawn and not stop:
+            if trainer.accelerator.is_main_process:
+                on_sample(trainer.ema, trainer.step, trainer.run / "samples")
+            trainer.accelerator.wait_for_everyone()
+        if stop:
+            break
+    assert saved == trainer.step
+    return notes.loss
+
+
+def _accelerator(config: TrainConfig) -> Any:
+    """What accelerate makes of this process, its device and the others."""
+    accelerate = train_extra("accelerate")
+    train_extra("tensorboard")  # missing, it would be missed only after the first steps
+    # A process that trained in another precision before keeps it otherwise, and refuses this one.
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision)
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate 1.15 would train in float32 and say nothing
+        raise InputError("mixed_precision fp16 needs a GPU, and there is none: use bf16 or no")
+    processes = accelerator.num_processes
+    if config.batch % processes:
+        raise InputError(
+            f"a batch of {config.batch} cannot be divided among {processes} processes; take a "
+            "multiple of them"
+        )
+    return accelerator
+
+
+def _matcher(
+    source: ImageStore | NeighbourIndex, config: TrainConfig, device: torch.device
+) -> EmpiricalFlowMatcher:
+    """What turns a batch into targets."""
+    store = source.store if isinstance(source, NeighbourIndex) else source
+    memory, field = parse_bytes(config.memory), None
+    if _searches(config):
+        if not isinstance(source, NeighbourIndex):
+            raise InputError(
+                f"target {config.target} with field {config.field} needs neighbours: pass a "
+                "NeighbourIndex, not an ImageStore"
+            )
+        field = EmpiricalVelocity.nearest(source, k=config.k, flip=config.flip, memory=memory, device=device)
+    elif config.target == "efm":
+        field = EmpiricalVelocity.exact(store, flip=config.flip, memory=memory, device=device)
+    return make_matcher(
+        config.target, store, field=field, samples=config.samples, flip=config.flip, memory=memory
+    )
+
+
+def _searches(config: TrainConfig) -> bool:
+    """Whether the targets depend on which neighbours an index finds."""
+    return config.target == "efm-unbiased" or (config.target == "efm" and config.field == "nearest")
+
+
+def _record(source: ImageStore | NeighbourIndex, config: TrainConfig) -> RunRecord:
+    store, index = source, "none"
+    if isinstance(source, NeighbourIndex):
+        store = source.store
+        if _searches(config):
+            index = "{kind}, rank {rank}, seed {seed}, embedding {embedding}".format(**source.manifest)
+    assert isinstance(store, ImageStore)
+    return RunRecord(
+        config=config,
+        images=store.fingerprint,
+        index=index,
+        shape=store.shape[1:],
+        classes=tuple(store.classes),
+    )
+
+
+@contextlib.contextmanager
+def _same_random_state_after(device: torch.device) -> Iterator[None]:
+    """Gives the caller's random numbers back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first SIGINT sets; the second one kills as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may listen
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, usual)
