@@ -1,0 +1,162 @@
+"""A page of tiles, letters and axes, written as PNG with the same bytes every time.
+
+matplotlib is imported when the first page is made, used through its objects (no pyplot, no backend
+to choose, no state left behind), and by this module only.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nnflow.files import disk_errors, shown, whole_file
+
+DPI = 128  # a power of two: pixels / DPI * DPI is then exact, and no page is a pixel short
+FONT, MATH = "DejaVu Sans", "dejavusans"  # of matplotlib: the same letters everywhere
+
+# Okabe & Ito's colours, told apart by colour-blind readers and in grey print.
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#767676", "#000000"
+FRAME = 187  # grey level of the line around a tile: a white image ends somewhere too
+
+SMALL, MEDIUM, LARGE = 20, 24, 28  # letter heights in pixels, legible at half size
+
+Number = int | float
+
+_SYMBOLS = {"u_theta": r"$u_\theta$", "u*": r"$u^{*}$", "tau": r"$\tau$"}
+_TOKEN = re.compile(r"\bu_theta\b|\bu\*|\btau\b")
+
+
+class Sheet:
+    """A white page measured in pixels from its top left corner."""
+
+    def __init__(self, width: int, height: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self._pixels = np.full((height, width, 3), 255, np.uint8)
+        self._figure: Any = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="none")
+        self._canvas: Any = FigureCanvasAgg(self._figure)
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Any:
+        """Axes at fractions of the page, measured from the bottom left as matplotlib does."""
+        return self._figure.add_axes((left, bottom, width, height), facecolor="none")
+
+    def label(self, axes: Any, x: str, y: str) -> None:
+        """Names and units of both axes, and a quiet grid."""
+        letters = {"fontproperties": self.font(MEDIUM), "math_fontfamily": MATH}
+        axes.set_xlabel(_typeset(x), **letters)
+        axes.set_ylabel(_typeset(y), **letters)
+        axes.tick_params(which="both", labelsize=SMALL * 72 / DPI, labelfontfamily=FONT)
+        axes.grid(visible=True, color="#DDDDDD", linewidth=1)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+
+    def scale(self, axes: Any, values: Sequence[float]) -> None:
+        """A logarithmic y axis where positive `values` span more than a factor of 20."""
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        low, high = min(values), max(values)
+        if not 0 < 20 * low < high:
+            axes.set_ylim(0, None)
+            return
+        axes.set_yscale("log")
+        few = high < 1000 * low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+    def key(self, axes: Any, *, columns: int) -> None:
+        """The key above `axes`, where no curve can run through it."""
+        axes.legend(
+            prop=self.font(SMALL),
+            ncols=columns,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            frameon=False,
+            borderaxespad=0.3,
+            columnspacing=1.2,
+        )
+
+    def font(self, size: Number) -> Any:
+        """Letters of `size` pixels."""
+        from matplotlib.font_manager import FontProperties
+
+        return FontProperties(family=FONT, size=size * 72 / DPI)
+
+    def tile(self, image: np.ndarray, left: int, top: int) -> None:
+        """`image` (h, w, 3), unchanged, with a line one pixel wide around it."""
+        height, width = image.shape[:2]
+        self._pixels[top - 1 : top + height + 1, left - 1 : left + width + 1] = FRAME
+        self._pixels[top : top + height, left : left + width] = image
+
+    def rule(self, left: int, right: int, y: int) -> None:
+        """A horizontal line."""
+        self._pixels[y : y + 2, left:right] = FRAME
+
+    def title(self, title: str, about: str, *, scale: Number = 1) -> None:
+        """Two lines at the top."""
+        middle, width = self.width / 2, self.width - 40
+        self.text(title, middle, 44 * scale, LARGE * scale, width=width, symbols=True)
+        self.text(about, middle, 92 * scale, SMALL * scale, width=width, colour=GREY)
+
+    def text(
+        self,
+        text: str,
+        x: Number,
+        y: Number,
+        size: Number,
+        *,
+        width: Number,
+        colour: str = BLACK,
+        symbols: bool = False,
+    ) -> None:
+        """`text` centred at (x, y): smaller when wider than `width`, and cut when far wider."""
+        plain = "".join(c if self._has(c) else ascii(c)[1:-1] for c in shown(text))
+        artist = self._figure.text(
+            x / self.width,
+            1 - y / self.height,
+            _typeset(plain) if symbols else plain,
+            color=colour,
+            fontproperties=self.font(size),
+            math_fontfamily=MATH,
+            parse_math=symbols,
+            ha="center",
+            va="center_baseline",
+        )
+        taken = self._width_of(artist)
+        if taken > width:
+            artist.set_fontsize(artist.get_fontsize() * max(0.7, 0.95 * width / taken))
+        while self._width_of(artist) > width and len(plain) > 1:
+            plain = plain[: -max(1, len(plain) // 16)]
+            artist.set_text((_typeset(plain) if symbols else plain) + "…")
+
+    def save(self, path: Path | str) -> None:
+        """Writes the page to `path`, whole or not at all, with no date and no version in it."""
+        path = Path(path)
+        self._figure.figimage(self._pixels, 0, 0, origin="upper", zorder=-1)
+        self._canvas.draw()
+        page = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3])
+        with disk_errors(path.parent, "creating"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            page.save(partial, format="png")
+
+    def _width_of(self, artist: Any) -> float:
+        return float(artist.get_window_extent(self._canvas.get_renderer()).width)
+
+    def _has(self, character: str) -> bool:
+        """Whether the font can draw it: matplotlib would warn and draw an empty box."""
+        from matplotlib.font_manager import findfont, get_font
+
+        return bool(get_font(findfont(FONT)).get_char_index(ord(character)))
+
+
+def _typeset(text: str) -> str:
+    r"""`text` with u*, u_theta and tau as symbols, and every $ of its own kept a plain dollar."""
+    escaped = text.replace("$", r"\$")
+    return _TOKEN.sub(lambda match: _SYMBOLS[match.group()], escaped)
