@@ -1,0 +1,110 @@
+"""nnflow evaluate."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nnflow.cli.options import (
+    FOLDER,
+    chosen_device,
+    device_option,
+    empirical_field,
+    estimator_options,
+    learned_field,
+    memory_option,
+    new_folder,
+)
+from nnflow.cli.sample import read_samples
+from nnflow.errors import InputError
+from nnflow.evaluation import Evaluation
+from nnflow.evaluation import evaluate as measure
+from nnflow.files import shown, write_json
+from nnflow.metrics import MemorisedFraction
+from nnflow.plots import distance_histogram, error_over_time
+from nnflow.store import ImageStore
+
+
+@click.command()
+@click.option("--index", type=FOLDER, required=True, help="Folder of the index of the training images.")
+@click.option(
+    "--samples", type=FOLDER, default=None, help="samples-*.npy, or the folder nnflow sample wrote."
+)
+@click.option("--run", type=FOLDER, default=None, help="Training run whose u_theta is held against u*.")
+@click.option("--held-out", type=FOLDER, default=None, help="Index of images not trained on: the null.")
+@click.option("--pairs", type=click.IntRange(min=1), default=256, show_default=True, help="For the error.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of these pairs.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for what is written.")
+@estimator_options
+@memory_option
+@device_option
+def evaluate(
+    index: Path, samples: Path | None, run: Path | None, held_out: Path | None, pairs: int, seed: int,
+    out: Path, estimator: str, k: int, memory: int, device: str | None,
+) -> None:  # fmt: skip
+    """Measure memorisation of samples and the error of a network against u*.
+
+    A sample counts as memorised when it is three times nearer to one training image than to any other.
+    Writes evaluation.json, distances.png (with --samples or --held-out) and error.png (with --run).
+    """
+    if samples is None and run is None and held_out is None:
+        raise InputError("nothing to evaluate: name --samples, --run or --held-out")
+    where = chosen_device(device)
+    store = ImageStore.open(index)
+    images, seeds = (None, ()) if samples is None else read_samples(samples)
+    learned = field = None
+    if run is not None:
+        learned = learned_field(run, store, ema=True, device=where)
+        # A network trained with flips regresses on the field of the flipped images too.
+        flip = learned.config is not None and learned.config.flip
+        field = empirical_field(index, estimator, k=k, flip=flip, memory=memory, device=where)
+    new_folder(out)  # before the work, not after it: an OUT that cannot be written is told at once
+    result = measure(
+        store,
+        samples=images,
+        held_out=None if held_out is None else ImageStore.open(held_out),
+        learned=learned,
+        field=field,
+        pairs=pairs,
+        seed=seed,
+        sample_seeds=seeds,
+        conditional=learned is not None and learned.classes > 0,
+        device=where if learned is not None else None,
+        memory=memory,
+        progress=True,
+    )
+    config: dict[str, Any] = {
+        "index": str(index), "samples": None if samples is None else str(samples),
+        "run": None if run is None else str(run), "held_out": None if held_out is None else str(held_out),
+        "estimator": estimator, "k": k if estimator == "nearest" else None,
+    }  # fmt: skip
+    _write(out, result, config)
+
+
+def _write(out: Path, result: Evaluation, config: dict[str, Any]) -> None:
+    write_json(out / "evaluation.json", result.to_dict() | {"config": config})
+    written = [out / "evaluation.json"]
+    if result.samples is not None or result.held_out is not None:
+        distance_histogram(result, out / "distances.png")
+        written.append(out / "distances.png")
+    if result.error is not None:
+        error_over_time(result, out / "error.png")
+        written.append(out / "error.png")
+    for name in ("samples", "held_out"):
+        near = getattr(result, name)
+        if near is not None:
+            click.echo(f"{name.replace('_', '-')}: {_in_words(near.memorised)}")
+    if result.error is not None:
+        worst, when = max(zip(result.error.mean_squared, result.error.times, strict=True))
+        click.echo(f"u_theta against u*: mean squared error per value at most {worst:.3g}, at t = {when:g}")
+    for path in written:
+        click.echo(shown(path))
+
+
+def _in_words(memorised: MemorisedFraction) -> str:
+    values = dataclasses.asdict(memorised)
+    return (
+        f"{values['memorised']} of {values['images']} memorised, {100 * values['fraction']:.1f} % "
+        f"(95 % interval {100 * values['low']:.1f} to {100 * values['high']:.1f} %)"
+    )

@@ -1,0 +1,113 @@
+"""nnflow index and nnflow info."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from nnflow.cli.options import FOLDER, RankType, memory_option
+from nnflow.files import shown
+from nnflow.index import NeighbourIndex
+from nnflow.memory import format_bytes
+from nnflow.store import ImageStore
+
+
+@click.command()
+@click.argument("source", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--size", type=click.IntRange(1, 4096), required=True, help="Side of the stored images, pixels."
+)
+@click.option("--grey", is_flag=True, help="Store one channel instead of three.")
+@click.option("--background", default="white", show_default=True, help="Colour under transparent pixels.")
+@click.option("--rank", type=RankType(), default="128", show_default=True, help="PCA coordinates, or pixels.")
+@click.option(
+    "--kind", default="flat", show_default=True, help="flat (exact), ivf, or a faiss factory string."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Decoding threads; one per core.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, listed in skipped.csv.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random choices.")
+@memory_option
+def index(
+    source: Path,
+    out: Path,
+    size: int,
+    grey: bool,
+    background: str,
+    rank: int | Literal["pixels"],
+    kind: str,
+    workers: int | None,
+    skip_unreadable: bool,
+    seed: int,
+    memory: int,
+) -> None:
+    """Index the images of SOURCE, a folder or a zip, in the folder OUT.
+
+    SOURCE holds one folder per class, or images without classes. A build that was stopped goes on with
+    the same command; a finished one is reused.
+    """
+    store = ImageStore.build(
+        source,
+        out,
+        size=size,
+        grey=grey,
+        background=background,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        progress=True,
+    )
+    built = NeighbourIndex.build(store, out, rank=rank, kind=kind, memory=memory, seed=seed, progress=True)
+    click.echo(_told(built))
+
+
+@click.command()
+@click.argument("out", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(out: Path, as_json: bool) -> None:
+    """Show what the index OUT holds."""
+    opened = NeighbourIndex.open(out)
+    click.echo(json.dumps(_facts(opened), indent=2) if as_json else _told(opened))
+
+
+def _facts(index: NeighbourIndex) -> dict[str, Any]:
+    manifest = index.manifest
+    labels = index.store.labels
+    counts = [int((labels == label).sum()) for label in range(len(index.store.classes))]
+    return {
+        "folder": str(index.folder),
+        "count": len(index),
+        "shape": list(index.store.shape[1:]),
+        "classes": dict(zip(map(shown, index.store.classes), counts, strict=True)),
+        "rank": manifest["rank"],
+        "coordinates": manifest["coordinates"],
+        "captured": manifest["captured"],
+        "fitted_on": manifest["fitted_on"],
+        "kind": manifest["kind"],
+        "collapse_time": manifest["collapse_time"],
+        "bytes": {name: mark["bytes"] for name, mark in manifest["files"].items()},
+        "fingerprint": index.store.fingerprint,
+    }
+
+
+def _told(index: NeighbourIndex) -> str:
+    facts = _facts(index)
+    channels, height, width = facts["shape"]
+    names = [f"{name} {count:,}" for name, count in facts["classes"].items()]
+    classes = "none" if not names else ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    rank = "all pixels" if facts["rank"] == "pixels" else f"{facts['coordinates']} PCA coordinates"
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in facts["bytes"].items())
+    return "\n".join(
+        [
+            f"{shown(facts['folder'])}",
+            f"  images         {facts['count']:,} of {height} x {width}, "
+            f"{'grey' if channels == 1 else 'RGB'}",
+            f"  classes        {classes}",
+            f"  embedding      {rank}, {100 * facts['captured']:.1f} % of the variance, "
+            f"fitted on {facts['fitted_on']:,} images",
+            f"  index          {shown(facts['kind'])}",
+            f"  collapse time  t = {facts['collapse_time']:.3f} (estimated from the spectrum: beyond, "
+            "u* is about one image)",
+            f"  files          {sizes}",
+        ]
+    )

@@ -1,0 +1,188 @@
+"""Option types and helpers that several commands share."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from nnflow.checkpoint import read_record
+from nnflow.errors import InputError, NNFlowError
+from nnflow.files import disk_errors, shown
+from nnflow.index import NeighbourIndex
+from nnflow.memory import parse_bytes
+from nnflow.store import ImageStore
+from nnflow.unet import LearnedVelocity
+from nnflow.velocity import EmpiricalVelocity
+
+F = TypeVar("F", bound=Callable[..., Any])
+MAX_SEEDS = 1_000_000
+
+
+class MemoryType(click.ParamType):
+    """A memory budget in words."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        try:
+            return parse_bytes(value)
+        except NNFlowError as error:
+            self.fail(str(error), param, ctx)
+
+
+class RankType(click.ParamType):
+    """A number of PCA coordinates, or "pixels"."""
+
+    name = "n|pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int or "pixels"."""
+        if value == "pixels":
+            return value
+        try:
+            return click.IntRange(min=1).convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r}: wanted a whole number of coordinates, or pixels", param, ctx)
+
+
+class SeedsType(click.ParamType):
+    """Seeds such as 0-63 or 1,5,8-10."""
+
+    name = "seeds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """All seeds, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        seeds: list[int] = []
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+            if match is None:
+                self.fail(f"{value!r}: wanted seeds such as 0-63 or 1,5,8-10", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first or last - first + len(seeds) >= MAX_SEEDS:
+                self.fail(f"{value!r}: wanted ascending ranges of at most {MAX_SEEDS} seeds", param, ctx)
+            seeds.extend(range(first, last + 1))
+        return tuple(seeds)
+
+
+class ListType(click.ParamType):
+    """Comma-separated values of another type."""
+
+    def __init__(self, inner: click.ParamType) -> None:
+        self.inner = inner
+        self.name = f"{inner.name},..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Each value."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.inner.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+FOLDER = click.Path(path_type=Path)
+MEMORY = MemoryType()
+
+
+def memory_option(function: F) -> F:
+    """--memory, the working memory beside the images themselves."""
+    return click.option(
+        "--memory", type=MEMORY, default="1GiB", show_default=True, help="Working memory, e.g. 512MiB."
+    )(function)
+
+
+def estimator_options(function: F) -> F:
+    """--estimator and --k: how the sum over the images is taken."""
+    function = click.option(
+        "--k", type=click.IntRange(min=1), default=100, show_default=True, help="Neighbours of nearest."
+    )(function)
+    return click.option(
+        "--estimator",
+        type=click.Choice(["exact", "nearest"]),
+        default="exact",
+        show_default=True,
+        help="Sum over all images, or over the k that the index finds.",
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """--device, a torch device."""
+    return click.option("--device", default=None, help="cpu, cuda, cuda:1 ...; a GPU when there is one.")(
+        function
+    )
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {shown(name)}: not to be had here; wanted cpu, or cuda with a GPU"
+        ) from error
+    return device
+
+
+def empirical_field(
+    out: Path, estimator: str, *, k: int, flip: bool, memory: int, device: torch.device
+) -> EmpiricalVelocity:
+    """u* of the images in `out`, or its estimate."""
+    if estimator == "exact":
+        return EmpiricalVelocity.exact(ImageStore.open(out), flip=flip, memory=memory, device=device)
+    index = NeighbourIndex.open(out)
+    return EmpiricalVelocity.nearest(index, k=k, flip=flip, memory=memory, device=device)
+
+
+def learned_field(run: Path, store: ImageStore, *, ema: bool, device: torch.device) -> LearnedVelocity:
+    """The network of a training run on the images of `store`.
+
+    Raises:
+        InputError: it was trained on other images, so u* of these says nothing about it.
+    """
+    learned = LearnedVelocity.open(run, ema=ema, device=device)
+    if (run / "config.json").exists() and (run / "checkpoints").exists():
+        trained_on = read_record(run).images
+        if trained_on != store.fingerprint:
+            raise InputError(
+                f"{shown(run)}: trained on other images ({trained_on[:12]}...) than {shown(store.folder)} "
+                f"holds ({store.fingerprint[:12]}...); name the index it was trained on"
+            )
+    return learned
+
+
+def class_number(store: ImageStore, name: str | None) -> int | None:
+    """The label of the class called `name`, or numbered so.
+
+    Raises:
+        InputError: no such class.
+    """
+    if name is None:
+        return None
+    if name in store.classes:
+        return store.classes.index(name)
+    if name.isdecimal() and int(name) < len(store.classes):
+        return int(name)
+    known = ", ".join(shown(known) for known in store.classes[:10]) or "none: the images have no classes"
+    raise InputError(f"class {shown(name)!r}: wanted one of {known}")
+
+
+def new_folder(out: Path) -> Path:
+    """`out`, made where it is missing."""
+    with disk_errors(out, "creating"):
+        out.mkdir(parents=True, exist_ok=True)
+    return out
