@@ -126,6 +126,7 @@ class NeighbourIndex:
                 f"{shown(folder)}: the images lie in {shown(store.folder)}; an index is built beside its "
                 "images, in one folder"
             )
+        kind = "flat" if kind == "Flat" else kind  # faiss' own word for it
         with folder_lock(folder):
             return cls._build(store, folder, rank, kind, memory, seed, progress)
 

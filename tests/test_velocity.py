@@ -113,6 +113,13 @@ def test_approximate_index_knows_nothing_of_the_rest(store: ImageStore) -> None:
     assert (estimate.tail_mass == 1).all()
 
 
+def test_flat_in_the_words_of_faiss_is_exact_too(store: ImageStore) -> None:
+    index = NeighbourIndex.build(store, store.folder, rank=5, kind="Flat")
+    estimate = EmpiricalVelocity.nearest(index, k=6, device="cpu").estimate(*queries(store, 0.9))
+    assert index.exact
+    assert estimate.bound.isfinite().all()
+
+
 def test_ids_are_the_images_summed(store: ImageStore) -> None:
     index = NeighbourIndex.build(store, store.folder, rank="pixels")
     x, t = queries(store, 0.5)
