@@ -30,7 +30,7 @@ from nnflow.store import ImageStore
 
 FORMAT = "nnflow-embedding-1"
 
-# Beyond this the D x D covariance is not formed: at D = 4,096 its eigenvectors take 8 s on 2 cores and
+# Beyond this the D x D covariance is not formed: at D = 4,096 its eigenvectors take 7 s on 2 cores and
 # the work grows as D^3. A random subset of images then spans the leading directions.
 _MAX_COVARIANCE_DIM = 4096
 _SUBSET = 4096  # images of that subset
