@@ -1,10 +1,13 @@
 """The closed-form velocity of flow matching on real image sets.
 
 How an image becomes a velocity, module by module: `sources` and `decode` read it, `ingest` and `store` keep
-it, `embedding` and `index` find it, `nearfield` and `scan` weigh it, `velocity` answers. `targets`,
-`training`, `sampling` and `evaluation` are what the answer is for.
+it, `embedding` and `index` find it, `nearfield` and `scan` weigh it; where that is too dear, `coordinates`
+and `residual` stand for it, in the `ladder` that `calibration` chose for `farfield`; `velocity` answers.
+`targets`, `training`, `sampling` and `evaluation` are what the answer is for.
 """
 
+from nnflow.calibrating import calibrate
+from nnflow.calibration import Calibration
 from nnflow.config import TrainConfig, resolve
 from nnflow.errors import NNFlowError
 from nnflow.evaluation import evaluate
@@ -20,6 +23,7 @@ from nnflow.velocity import EmpiricalVelocity, Estimate, HybridVelocity, Velocit
 
 __all__ = [
     "TARGETS",
+    "Calibration",
     "EmpiricalFlowMatcher",
     "EmpiricalVelocity",
     "Estimate",
@@ -30,6 +34,7 @@ __all__ = [
     "NeighbourIndex",
     "TrainConfig",
     "Velocity",
+    "calibrate",
     "evaluate",
     "make_matcher",
     "memorised_fraction",

@@ -46,9 +46,12 @@ class TrainConfig:
     samples: int = _knob(128, "M of efm-m: x1 and M - 1 uniform draws", low=1)
     k: int = _knob(100, "neighbours of the nearest field", low=1)
     field: str = _knob(
-        "exact",
-        "the field behind efm; efm-unbiased is always nearest",
-        choices=("exact", "nearest"),
+        "near-and-far",
+        "the field behind efm; efm-unbiased takes nearest where this is exact",
+        choices=("exact", "nearest", "near-and-far"),
+    )
+    tolerance: float = _knob(
+        0.01, "relative velocity error of near-and-far, by the index's calibration", low=1e-6, high=1.0
     )
     memory: str = _knob("1GiB", "working memory of the target, e.g. 512MiB")
 
@@ -207,6 +210,7 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
             learning_rate=2e-3,
             warmup=100,
             ema_decay=0.995,
+            field="exact",  # the one that no index is calibrated for
             flip=False,
             channels=(32, 64),
             blocks=1,

@@ -1,6 +1,6 @@
 """NeighbourIndex: images, their PCA coordinates and a faiss index over them, in one folder.
 
-    OUT/images.h5  embedding.safetensors  index.faiss  manifest.json
+    OUT/images.h5  embedding.safetensors  coordinates.npy  index.faiss  manifest.json
 
 manifest.json is written last and removed first: a folder without it is a build that has not ended.
 faiss gives ids and a lower bound on distances, never a logit: its float32 expansion |q|^2 - 2 q.z + |z|^2
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from nnflow.coordinates import Coordinates, UInt16Rows, encoded, written
 from nnflow.embedding import Embedding, collapse_time, embedding_digest, fit_embedding
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import (
@@ -34,7 +35,17 @@ from nnflow.faiss_backend import (
     write_index,
 )
 from nnflow.files import file_mark, folder_lock, shown, sync_folder, write_json
-from nnflow.manifest import EMBEDDING, FORMAT, INDEX, MANIFEST, PARTS, check_part, is_built, read_manifest
+from nnflow.manifest import (
+    COORDINATES,
+    EMBEDDING,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    PARTS,
+    check_part,
+    is_built,
+    read_manifest,
+)
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.store import ImageStore
@@ -62,10 +73,16 @@ class NeighbourIndex:
     """Answers "which stored images are near x", and owns the images it answers about."""
 
     def __init__(
-        self, store: ImageStore, embedding: Embedding, vectors: Any, manifest: dict[str, Any]
+        self,
+        store: ImageStore,
+        embedding: Embedding,
+        coordinates: Coordinates,
+        vectors: Any,
+        manifest: dict[str, Any],
     ) -> None:
         self.store = store
         self.embedding = embedding
+        self.coordinates = coordinates
         self.manifest = manifest
         self.folder = store.folder
         self._vectors = vectors
@@ -154,10 +171,12 @@ class NeighbourIndex:
                 return cls.open(folder)
         make_index(kind, _coordinates(store, rank), len(store))  # before the work, whether faiss can
         embedding = fit_embedding(store, rank=rank, budget=memory, seed=seed, progress=progress)
-        vectors = _index_vectors(store, embedding, kind, memory, seed, progress)
-        # Only now does an index that stands here go: whatever was refused above has cost nothing.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        sync_folder(folder)
+        vectors = _trained_vectors(store, embedding, kind, memory, seed)
+        with written(folder / COORDINATES, len(store), len(embedding.principal)) as held:
+            _add_images(vectors, held, store, embedding, kind, memory, progress)
+            # Only now does an index that stands here go: whatever was refused above has cost nothing.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            sync_folder(folder)
         embedding.save(folder / EMBEDDING)
         write_index(vectors, folder / INDEX)
         manifest = settings | {
@@ -171,7 +190,8 @@ class NeighbourIndex:
             "files": {name: file_mark(folder / name) for name in PARTS},
         }
         write_json(folder / MANIFEST, manifest)
-        return cls(store, embedding, vectors, manifest)
+        coordinates = Coordinates.open(folder / COORDINATES, embedding, len(store))
+        return cls(store, embedding, coordinates, vectors, manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> "NeighbourIndex":
@@ -201,7 +221,8 @@ class NeighbourIndex:
                 f"{shown(folder)}: images, embedding and index come from different builds; remove "
                 f"{MANIFEST} and run nnflow index again"
             )
-        return cls(store, embedding, vectors, manifest)
+        coordinates = Coordinates.open(folder / COORDINATES, embedding, len(store))
+        return cls(store, embedding, coordinates, vectors, manifest)
 
     def search(self, x: Tensor, k: int) -> tuple[Int[Tensor, "B k"], Float[Tensor, "B k"]]:
         """The `k` stored images nearest to `x` in the coordinates, ordered by distance in pixels.
@@ -298,19 +319,35 @@ class NeighbourIndex:
         return k
 
 
-def _index_vectors(
-    store: ImageStore, embedding: Embedding, kind: str, budget: int, seed: int, progress: bool
-) -> Any:
-    """A trained faiss index that holds every image's coordinates, streamed within `budget`."""
+def _trained_vectors(store: ImageStore, embedding: Embedding, kind: str, budget: int, seed: int) -> Any:
+    """An empty faiss index, trained where its kind wants that."""
     vectors = make_index(kind, embedding.rank, len(store))
-    rows = PixelRows(store.pixels)
-    step = rows.block_rows(budget)
     with filling(kind, embedding.rank, len(store)):
         if not vectors.is_trained:
-            vectors.train(_training_vectors(vectors, rows, embedding, budget, seed))
-        for start in tqdm(range(0, len(store), step), "indexing", disable=not progress, unit="block"):
-            vectors.add(_embedded(rows, embedding, torch.arange(start, min(start + step, len(store)))))
+            vectors.train(_training_vectors(vectors, PixelRows(store.pixels), embedding, budget, seed))
     return vectors
+
+
+def _add_images(
+    vectors: Any,
+    held: UInt16Rows,
+    store: ImageStore,
+    embedding: Embedding,
+    kind: str,
+    budget: int,
+    progress: bool,
+) -> None:
+    """Adds every image to `vectors` and its coordinates to `held`, in one pass within `budget`."""
+    rows = PixelRows(store.pixels)
+    step, count = rows.block_rows(budget), len(store)
+    with filling(kind, embedding.rank, count):
+        for start in tqdm(range(0, count, step), "indexing", disable=not progress, unit="block"):
+            stop = min(start + step, count)
+            x = rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
+            z = embedding.project(x)
+            held[start:stop] = encoded(z).view(torch.uint16).numpy()
+            searched = embedding(x) if embedding.searched is None else z[:, : embedding.searched]
+            vectors.add(np.ascontiguousarray(searched.numpy()))
 
 
 def _training_vectors(

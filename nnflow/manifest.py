@@ -9,10 +9,11 @@ from typing import Any
 from nnflow.errors import StoreError
 from nnflow.files import file_mark, read_json, shown
 
-FORMAT = "nnflow-index-1"
+FORMAT = "nnflow-index-2"
 MANIFEST, EMBEDDING, INDEX = "manifest.json", "embedding.safetensors", "index.faiss"
+COORDINATES = "coordinates.npy"
 
-PARTS = ("images.h5", EMBEDDING, INDEX)
+PARTS = ("images.h5", EMBEDDING, COORDINATES, INDEX)
 # Every key of the manifest and its type.
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "rank": (int, str),

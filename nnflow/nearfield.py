@@ -166,7 +166,8 @@ def _products(
     for here, images in _gathered(rows, ids, budget):
         if origin is not None:
             images.sub_(origin[here, None])  # exact: differences of bytes
-        torch.bmm(images, x[here, :, None], out=products[here, :, None])
+        # So turned, and not as (b, K, D) by (b, D, 1), 16 queries of 8 images take 24 us for 310.
+        torch.bmm(x[here, None], images.transpose(1, 2), out=products[here, None])
         if squares is None:
             torch.linalg.vector_norm(images, dim=2, out=norms[here])
     if squares is None:
@@ -217,12 +218,12 @@ class NearestImages(Support):
                 "flat, or ivf with fewer lists"
             )
         near = weigh(self.rows, ids, x, t, budget=self.budget, norms=self._norms)
-        return Part(near.weighted, self._log_tail(x, t, beyond, ids, images), ids)
+        tail = self._log_tail(x, t, beyond, ids, images)
+        return Part.summed(near.weighted, f"index/{self.k}", ids=ids, log_tail=tail)
 
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """Radius of the data about its mean, plus the way there."""
-        from_centre = torch.linalg.vector_norm(mean - self._embedding.mean, dim=1)
-        return self._embedding.radius + from_centre.double()
+        return self._embedding.reach(mean)
 
     def _search(self, x: Tensor, t: Tensor, images: slice) -> tuple[Tensor, Tensor]:
         whole = images.start == 0 and images.stop == self.rows.count

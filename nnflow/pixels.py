@@ -31,6 +31,7 @@ class PixelRows:
                 pixels = pixels.to(self.device)
         self.pixels = pixels
         self.count, self.dim = pixels.shape
+        self._norms: Tensor | None = None
 
     def block_rows(self, budget: int) -> int:
         """Rows of a float32 block that take at most a quarter of `budget` bytes."""
@@ -49,7 +50,9 @@ class PixelRows:
         return self.pixels.index_select(0, ids.to(self.pixels.device)).to(self.device)
 
     def squared_norms(self, budget: int) -> Float[Tensor, " n"]:
-        """|x_i|^2 in [-1, 1] units, float64: one pass over all pixels."""
+        """|x_i|^2 in [-1, 1] units, float64: one pass over all pixels, the first time."""
+        if self._norms is not None:
+            return self._norms
         norms = torch.empty(self.count, dtype=torch.float64, device=self.device)
         block = self.new_block(self.block_rows(budget))
         for start in range(0, self.count, len(block)):
@@ -57,4 +60,5 @@ class PixelRows:
             rows = self.read(start, stop, block).sub_(HALF_RANGE)
             # (p - 127.5)^2 is a multiple of 1/4 up to 16,256: exact in float32, summed in float64.
             norms[start:stop] = rows.square_().sum(1, dtype=torch.float64) / HALF_RANGE**2
+        self._norms = norms
         return norms

@@ -27,7 +27,6 @@ from nnflow.support import Part, Support
 from nnflow.weighted import WeightedMean
 
 _PLAIN_GAIN = 0.1  # t = .085: by then the expansion leaves 3e-6 of relative error in the velocity
-_PLAIN_GAIN = 0.1  # t = .085: by then the expansion leaves 3e-6 of relative error in the velocity
 _WEIGHED = 32  # images per query weighed by difference
 # Where the expansion errs by 1e-3 and more (gain above 5: t > .64) and those 32 all compete, this many are.
 _WEIGHED_WIDE, _WIDE_GAIN = 1024, 5.0
@@ -61,7 +60,7 @@ class AllImages(Support):
             torch.cat([part.log_square for part in parts]),
             torch.cat([part.mean for part in parts]),
         )
-        return Part(weighted, torch.full_like(weighted.log_mass, -torch.inf), None)
+        return Part.summed(weighted, "exact", ids=count, error=0.0)
 
     def _chunk(self, x: Tensor, t: Tensor, images: slice) -> WeightedMean:
         logits = self._logits(x, t, images)

@@ -10,10 +10,13 @@
 All have mean u*(x_t, t) given x_t, except `efm` with a field that leaves images out. `efm-unbiased` has
 it for any index: x1 given x_t has the law w of eq. 3, and S does not depend on x1
 (docs/field.md, section 5).
+
+With settling times (`settling`), `efm` and `efm-unbiased` take x1 - x0 for every pair that has settled,
+unasked: all but about a third of those at t ~ U[0, 1] on CIFAR-10 (docs/field.md, section 13).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,9 +27,11 @@ from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.path import along, interpolate
 from nnflow.pixels import HALF_RANGE
 from nnflow.store import ImageStore
-from nnflow.velocity import EmpiricalVelocity
+from nnflow.velocity import EmpiricalVelocity, Estimate
 
 TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
+
+_ALONE = 1e-6  # an image counts as alone in a sum whose ESS exceeds 1 by no more: 5e-7 for all others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,19 @@ class Pairs:
     flipped: Bool[Tensor, " B"] | None = None
     generator: torch.Generator | None = None
 
+    def take(self, rows: Tensor | slice) -> "Pairs":
+        """Some of the pairs, by number, mask or slice."""
+        return replace(
+            self,
+            x0=self.x0[rows],
+            x1=self.x1[rows],
+            xt=self.xt[rows],
+            t=self.t[rows],
+            ids=None if self.ids is None else self.ids[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            flipped=None if self.flipped is None else self.flipped[rows],
+        )
+
     def velocity_of(self, mean: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """(mean - xt) / (1 - t), written so that it is x1 - x0 where the mean is x1.
 
@@ -78,24 +96,66 @@ class ConditionalTarget(Target):
         return pairs.x1 - pairs.x0
 
 
-class EmpiricalTarget(Target):
-    """u* of a field, deterministic given x_t."""
+class FieldTarget(Target):
+    """What a field says, save for pairs whose u* is x1 - x0: those have settled.
 
-    def __init__(self, field: EmpiricalVelocity) -> None:
+    Args:
+        field: u* or its estimate.
+        settling: a time for each stored image from which on its pairs have settled
+            (`settling.settling_times`); None asks the field about every pair.
+    """
+
+    def __init__(self, field: EmpiricalVelocity, *, settling: Float[Tensor, " n"] | None = None) -> None:
+        if settling is not None and settling.shape != (len(field.store),):
+            raise InputError(
+                f"settling times of shape {tuple(settling.shape)}: wanted one for each of "
+                f"{len(field.store)} stored images"
+            )
         self.field = field
+        self.settling = None if settling is None else settling.to(field.device)
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
+        """x1 - x0 for pairs that have settled, what the field says for the others."""
+        if self.settling is None or pairs.ids is None:
+            return self.asked(pairs)
+        velocity = pairs.x1 - pairs.x0
+        rest = (pairs.t < self.settling[pairs.ids]).nonzero()[:, 0]
+        if len(rest):
+            velocity[rest] = self.asked(pairs.take(rest))
+        return velocity
+
+    @abstractmethod
+    def asked(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
+        """The target of pairs that have not settled, or of which that is not known."""
+
+
+class EmpiricalTarget(FieldTarget):
+    """u* of a field, deterministic given x_t but for what `settling` leaves to chance."""
+
+    def asked(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
         """The field's velocity at xt."""
         return pairs.velocity_of(self.field.mean(pairs.xt, pairs.t, pairs.labels))
 
 
-class UnbiasedTarget(Target):
-    """Unbiased for u* whatever the field's index finds, with no more variance than `cfm`."""
+class UnbiasedTarget(FieldTarget):
+    """Unbiased for u* whatever the field's index finds, with no more variance than `cfm`.
 
-    def __init__(self, field: EmpiricalVelocity) -> None:
-        self.field = field
+    S is what the field sums in pixels; a far field is left out. Whether a pair has settled depends on x1,
+    so images that have settled are no part of S: with them the target would be biased (docs/field.md,
+    section 13). Only where the field sums all images do they stay, and the bias is at most eq. 20.
+    """
 
-    def __call__(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
+    def __init__(
+        self,
+        field: EmpiricalVelocity,
+        *,
+        settling: Float[Tensor, " n"] | None = None,
+        memory: int = DEFAULT_BUDGET,
+    ) -> None:
+        super().__init__(field.without_far(), settling=settling)
+        self.memory = memory
+
+    def asked(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
         """The field's velocity where x1 is among the images it summed, else x1 - x0.
 
         Raises:
@@ -104,14 +164,30 @@ class UnbiasedTarget(Target):
         if pairs.ids is None:
             raise InputError("efm-unbiased needs to know which stored image x1 is: pass ids=")
         estimate = self.field.estimate(pairs.xt, pairs.t, pairs.labels)
-        velocity = pairs.velocity_of(estimate.mean)
-        if estimate.ids is None:  # every image was summed, x1 among them
-            return velocity
         own = pairs.ids
         if pairs.flipped is not None:
             own = own + pairs.flipped * len(self.field.store)
-        found = (estimate.ids == own[:, None]).any(1)
+        is_own = estimate.ids == own[:, None]
+        velocity = pairs.velocity_of(self._among_unsettled(pairs, estimate, is_own))
+        found = estimate.whole | is_own.any(1)
         return torch.where(found[:, None, None, None], velocity, pairs.x1 - pairs.x0)
+
+    def _among_unsettled(
+        self, pairs: Pairs, estimate: Estimate, is_own: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B C H W"]:
+        """The mean over S less the images that have settled at t; of use where x1 is in S."""
+        if self.settling is None:
+            return estimate.mean
+        known = estimate.ids >= 0
+        settled = known & (self.settling[estimate.ids % len(self.settling)] <= pairs.t[:, None])
+        # With one image alone in the sum, leaving out others changes nothing.
+        rows = (settled.any(1) & (estimate.ess > 1 + _ALONE)).nonzero()[:, 0]
+        if len(rows) == 0:
+            return estimate.mean
+        kept = (known & ~settled & ~is_own)[rows]
+        mean = estimate.mean.clone()
+        mean[rows] = _means(self.field.store, pairs.take(rows), estimate.ids[rows], kept, self.memory)
+        return mean
 
 
 class MinibatchTarget(Target):
@@ -126,13 +202,7 @@ class MinibatchTarget(Target):
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
         """Velocity towards the mean of the M images."""
-        draws = self._draw(pairs)
-        flat = pairs.x1.flatten(1)
-        chunk = rows_within(self.memory, 12 * self.samples * flat.shape[1], at_most=len(flat), what="draws")
-        means = [
-            self._mean(pairs, draws, slice(start, start + chunk)) for start in range(0, len(flat), chunk)
-        ]
-        return pairs.velocity_of(torch.cat(means).view_as(pairs.x1))
+        return pairs.velocity_of(_means(self.store, pairs, self._draw(pairs), None, self.memory))
 
     def _draw(self, pairs: Pairs) -> Int[Tensor, "B m"]:
         """Ids in [0, n), or [0, 2n) with mirror images."""
@@ -149,23 +219,43 @@ class MinibatchTarget(Target):
             ids += torch.randint(2, size, generator=pairs.generator) * len(self.store)
         return ids
 
-    def _mean(self, pairs: Pairs, draws: Int[Tensor, "B m"], here: slice) -> Float[Tensor, "b D"]:
-        x1, x0, time = pairs.x1[here].flatten(1), pairs.x0[here].flatten(1), pairs.t[here].double()
-        mine = draws[here]
-        images = self.store.pixels.index_select(0, (mine % len(self.store)).flatten())
-        delta = images.to(x1.device).float().div_(HALF_RANGE).sub_(1)
-        if self.flip:
-            mirrored = delta.view(-1, *self.store.shape[1:]).flip(-1).flatten(1)
-            swap = (mine >= len(self.store)).flatten().to(x1.device)
-            delta = torch.where(swap[:, None], mirrored, delta)
-        delta = delta.view(*mine.shape, x1.shape[1]).sub_(x1[:, None])
-        # eq. 6 with the anchor x1, whose residual is (1 - t) x0
-        along_noise = (1 - time[:, None]) * torch.einsum("bkd,bd->bk", delta, x0).double()
-        square = delta.square().sum(2, dtype=torch.float64)
-        gain = time / (1 - time).square()
-        logits = gain[:, None] * (along_noise - 0.5 * time[:, None] * square)
-        weights = torch.nn.functional.pad(logits, (1, 0)).softmax(1)[:, 1:].float()
-        return x1 + torch.einsum("bk,bkd->bd", weights, delta)
+
+def _means(
+    store: ImageStore,
+    pairs: Pairs,
+    ids: Int[Tensor, "B m"],
+    kept: Bool[Tensor, "B m"] | None,
+    memory: int,
+) -> Float[Tensor, "B C H W"]:
+    """Soft-max means over x1 and the `ids` that are kept, in [0, 2n): n + i is the mirror image of i."""
+    chunk = rows_within(memory, 12 * (ids.shape[1] + 1) * pairs.x1[0].numel(), at_most=len(ids), what="draws")
+    means = []
+    for start in range(0, len(ids), chunk):
+        here = slice(start, start + chunk)
+        means.append(_mean(store, pairs.take(here), ids[here], None if kept is None else kept[here]))
+    return torch.cat(means).view_as(pairs.x1)
+
+
+def _mean(
+    store: ImageStore, pairs: Pairs, ids: Int[Tensor, "b m"], kept: Bool[Tensor, "b m"] | None
+) -> Float[Tensor, "b D"]:
+    x1, x0, time = pairs.x1.flatten(1), pairs.x0.flatten(1), pairs.t.double()
+    images = store.pixels.index_select(0, (ids % len(store)).flatten().cpu())
+    delta = images.to(x1.device).float().div_(HALF_RANGE).sub_(1)
+    swap = (ids >= len(store)).flatten().to(x1.device)
+    if swap.any():
+        mirrored = delta.view(-1, *store.shape[1:]).flip(-1).flatten(1)
+        delta = torch.where(swap[:, None], mirrored, delta)
+    delta = delta.view(*ids.shape, x1.shape[1]).sub_(x1[:, None])
+    # eq. 6 with the anchor x1, whose residual is (1 - t) x0
+    along_noise = (1 - time[:, None]) * torch.einsum("bkd,bd->bk", delta, x0).double()
+    square = delta.square().sum(2, dtype=torch.float64)
+    gain = time / (1 - time).square()
+    logits = gain[:, None] * (along_noise - 0.5 * time[:, None] * square)
+    if kept is not None:
+        logits = logits.masked_fill(~kept, -torch.inf)
+    weights = torch.nn.functional.pad(logits, (1, 0)).softmax(1)[:, 1:].float()
+    return x1 + torch.einsum("bk,bkd->bd", weights, delta)
 
 
 class EmpiricalFlowMatcher:
@@ -232,6 +322,7 @@ def make_matcher(
     store: ImageStore,
     *,
     field: EmpiricalVelocity | None = None,
+    settling: Float[Tensor, " n"] | None = None,
     samples: int = 128,
     flip: bool = False,
     memory: int = DEFAULT_BUDGET,
@@ -242,10 +333,11 @@ def make_matcher(
         name: one of `TARGETS`.
         store: the training images.
         field: u* or its estimate, for `efm` and `efm-unbiased`.
+        settling: for those two, times from which on an image's pairs have settled.
         samples: M of `efm-m`, x1 included.
         flip: whether training mirrors images at random; `efm-m` then draws mirror images too. A field says
             so itself.
-        memory: working memory of `efm-m` in bytes.
+        memory: working memory in bytes of `efm-m` and of `efm-unbiased`, beside the field's.
 
     Raises:
         InputError: an unknown name, or a field missing or made without mirror images.
@@ -258,4 +350,6 @@ def make_matcher(
         raise InputError(f"target {name!r}: wanted one of {', '.join(TARGETS)}")
     if field is None or field.flip != flip:
         raise InputError(f"target {name}: wanted a field made with flip={flip}")
-    return EmpiricalFlowMatcher(EmpiricalTarget(field) if name == "efm" else UnbiasedTarget(field))
+    if name == "efm":
+        return EmpiricalFlowMatcher(EmpiricalTarget(field, settling=settling))
+    return EmpiricalFlowMatcher(UnbiasedTarget(field, settling=settling, memory=memory))

@@ -4,6 +4,7 @@ A run is a folder (see `checkpoint`); `train` begins one or goes on with it.
 """
 
 import contextlib
+import hashlib
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from nnflow import checkpoint as checkpoints
+from nnflow.calibration import FILE as CALIBRATION
 from nnflow.checkpoint import RunRecord
 from nnflow.config import TrainConfig
 from nnflow.diary import Diary, diary
@@ -22,6 +24,7 @@ from nnflow.errors import InputError
 from nnflow.files import folder_lock
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
+from nnflow.settling import SETTLING, read_settling
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher, make_matcher
 from nnflow.trainer import Trainer
@@ -80,7 +83,8 @@ def train(
         CheckpointError: `out` holds another run, or a checkpoint that is damaged; or the loss is
             no longer finite.
         BusyError: another process trains in `out`.
-        StoreError: `out` cannot be written; what was written before is kept.
+        StoreError: `out` cannot be written, and what was written before is kept; or the field is
+            near-and-far and the index has not been calibrated.
         MissingExtraError: the extra `train` is not installed.
     """
     run, began = Path(out), time.perf_counter()
@@ -178,40 +182,71 @@ def _matcher(
 ) -> EmpiricalFlowMatcher:
     """What turns a batch into targets."""
     store = source.store if isinstance(source, NeighbourIndex) else source
-    memory, field = parse_bytes(config.memory), None
-    if _searches(config):
+    name, memory = _field_name(config), parse_bytes(config.memory)
+    field = settling = None
+    if name == "exact":
+        field = EmpiricalVelocity.exact(store, flip=config.flip, memory=memory, device=device)
+    elif name is not None:
         if not isinstance(source, NeighbourIndex):
             raise InputError(
-                f"target {config.target} with field {config.field} needs neighbours: pass a "
-                "NeighbourIndex, not an ImageStore"
+                f"target {config.target} with field {name} needs neighbours: pass a NeighbourIndex, "
+                "not an ImageStore"
             )
-        field = EmpiricalVelocity.nearest(source, k=config.k, flip=config.flip, memory=memory, device=device)
-    elif config.target == "efm":
-        field = EmpiricalVelocity.exact(store, flip=config.flip, memory=memory, device=device)
+        if name == "nearest":
+            field = EmpiricalVelocity.nearest(
+                source, k=config.k, flip=config.flip, memory=memory, device=device
+            )
+        else:
+            field = EmpiricalVelocity.near_and_far(
+                source, tolerance=config.tolerance, flip=config.flip, memory=memory, device=device
+            )
+            settling = read_settling(store)
     return make_matcher(
-        config.target, store, field=field, samples=config.samples, flip=config.flip, memory=memory
+        config.target,
+        store,
+        field=field,
+        samples=config.samples,
+        flip=config.flip,
+        memory=memory,
+        settling=settling,
     )
 
 
-def _searches(config: TrainConfig) -> bool:
-    """Whether the targets depend on which neighbours an index finds."""
-    return config.target == "efm-unbiased" or (config.target == "efm" and config.field == "nearest")
+def _field_name(config: TrainConfig) -> str | None:
+    """Which field the target asks; None for none."""
+    if config.target == "efm-unbiased" and config.field == "exact":
+        return "nearest"  # from all images there is nothing to be unbiased of
+    return config.field if config.target in ("efm", "efm-unbiased") else None
 
 
 def _record(source: ImageStore | NeighbourIndex, config: TrainConfig) -> RunRecord:
-    store, index = source, "none"
-    if isinstance(source, NeighbourIndex):
-        store = source.store
-        if _searches(config):
-            index = "{kind}, rank {rank}, seed {seed}, embedding {embedding}".format(**source.manifest)
-    assert isinstance(store, ImageStore)
+    store = source.store if isinstance(source, NeighbourIndex) else source
     return RunRecord(
         config=config,
         images=store.fingerprint,
-        index=index,
+        index=_what_is_asked(source, _field_name(config)),
         shape=store.shape[1:],
         classes=tuple(store.classes),
     )
+
+
+def _what_is_asked(source: ImageStore | NeighbourIndex, field: str | None) -> str:
+    """What the targets depend on beside the images: the parts of the index that `field` asks."""
+    if field in (None, "exact") or not isinstance(source, NeighbourIndex):
+        return "none"
+    if field == "nearest":
+        return "{kind}, rank {rank}, seed {seed}, embedding {embedding}".format(**source.manifest)
+    parts = [
+        f"{name} {_digest(source.folder / file)}"
+        for name, file in (("calibration", CALIBRATION), ("settling times", SETTLING))
+    ]
+    return ", ".join(["embedding {embedding}".format(**source.manifest), *parts])
+
+
+def _digest(path: Path) -> str:
+    if not path.exists():
+        return "none"
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager

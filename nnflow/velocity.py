@@ -8,15 +8,18 @@ equation numbers these are). Images are float32 (B, C, H, W) in [-1, 1].
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
+from nnflow.calibration import Calibrated
 from nnflow.errors import InputError
+from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
+from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.nearfield import NearestImages
 from nnflow.path import along, score_from_mean, time_of_sigma, velocity_from_mean
@@ -24,7 +27,6 @@ from nnflow.pixels import PixelRows
 from nnflow.scan import AllImages
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support
-from nnflow.weighted import WeightedMean
 
 _LARGEST = 1e12  # its square times any number of pixels, divided by the least search time, is a float32
 
@@ -53,9 +55,15 @@ class Estimate:
         mean: posterior mean of the data, E[x1 | x_t = x].
         tail_mass: upper bound on the share of the soft-max mass left out, in [0, 1]; 1 where unknown.
         bound: |velocity - exact| <= bound in L2, in exact arithmetic; inf where nothing is known.
-        ess: effective sample size 1 / sum w^2 of the images summed, at least 1.
-        ids: the images summed, as rows of the store; n + i for the mirror image of i, -1 for none. None
-            when all were.
+        ess: effective sample size 1 / sum w^2 of the images summed or estimated, at least 1.
+        ids: the images summed in pixels, as rows of the store; n + i for the mirror image of i, -1 for
+            none. Not filled in where all were.
+        whole: whether all images were summed in pixels.
+        candidates: how many were.
+        error: the 99th percentile of the relative velocity error that calibration measured at this time
+            for the ladder used, on queries of the path; 0 for the exact field, nan where none was measured.
+        ladder: how each query's sum was taken: "exact", "index/100", "512/100" (far field in 512
+            coordinates, 100 images in pixels), "64/16 alone" (no far field).
     """
 
     velocity: Float[Tensor, "B C H W"]
@@ -63,7 +71,11 @@ class Estimate:
     tail_mass: Float[Tensor, " B"]
     bound: Float[Tensor, " B"]
     ess: Float[Tensor, " B"]
-    ids: Int[Tensor, "B K"] | None
+    ids: Int[Tensor, "B K"]
+    whole: Bool[Tensor, " B"]
+    candidates: Int[Tensor, " B"]
+    error: Float[Tensor, " B"]
+    ladder: tuple[str, ...]
 
 
 class EmpiricalVelocity(Velocity):
@@ -128,6 +140,57 @@ class EmpiricalVelocity(Velocity):
             raise InputError(f"k = {k}: wanted at least 1 neighbour")
         support = NearestImages(index, _rows(index.store, device), k=k, budget=memory)
         return cls(support, index.store, flip=flip)
+
+    @classmethod
+    def near_and_far(
+        cls,
+        index: NeighbourIndex,
+        *,
+        tolerance: float | None = None,
+        k: int | None = None,
+        rank: int | None = None,
+        levels: Sequence[tuple[int, int]] | None = None,
+        flip: bool = False,
+        memory: int = DEFAULT_BUDGET,
+        device: torch.device | str | None = None,
+    ) -> "EmpiricalVelocity":
+        """The images that matter in pixels, all others by a few of their coordinates: right at every t.
+
+        With `k` and `rank`, or `levels`, one ladder answers at every time. Otherwise the index must have
+        been calibrated (`nnflow calibrate`), and each time is answered by the cheapest ladder whose 99th
+        percentile of the relative velocity error met `tolerance` there, or by the exact field.
+
+        Args:
+            index: the images, their coordinates, and the calibration.
+            tolerance: relative velocity error; 0.01 when nothing is given.
+            k: images in pixels per query; 100 when only `rank` is given.
+            rank: coordinates of the others, rounded up to 32, 64, 128, ...; 512 when only `k` is given.
+            levels: (coordinates, images passed on) from coarse to fine, e.g. [(64, 3000), (512, 100)].
+            flip: sum over mirror images too.
+            memory: working memory in bytes.
+            device: where queries live; a GPU when there is one.
+
+        Raises:
+            InputError: a tolerance beside a ladder, or none of either's kind.
+            StoreError: a tolerance, and no calibration of this index.
+        """
+        fixed = (k, rank, levels) != (None, None, None)
+        if (fixed and tolerance is not None) or (levels is not None and (k, rank) != (None, None)):
+            raise InputError("wanted one of: tolerance; k and rank; levels")
+        rows = _rows(index.store, device)
+        support: Support
+        if fixed:
+            ladder = Ladder.of(
+                [(512 if rank is None else rank, 100 if k is None else k)] if levels is None else levels
+            )
+            support = NearAndFar(index, rows, ladder=ladder, budget=memory)
+        else:
+            support = Calibrated.within(0.01 if tolerance is None else tolerance, index, rows, budget=memory)
+        return cls(support, index.store, flip=flip)
+
+    def without_far(self) -> "EmpiricalVelocity":
+        """The field of the images this one sums in pixels; itself where it estimates nothing."""
+        return EmpiricalVelocity(self.support.without_far(), self.store, flip=self.flip)
 
     def __call__(self, x: Tensor, t: Tensor | float, label: Tensor | int | None = None) -> Tensor:
         """Velocity at `x`; see `estimate`."""
@@ -221,30 +284,22 @@ class EmpiricalVelocity(Velocity):
     def _over_classes(self, x: Tensor, t: Tensor, label: Tensor | int | None) -> Part:
         groups = self._groups(label, len(x))
         parts = [self.support.part(x[rows], t[rows], images) for rows, images in groups]
-        if label is None:
-            return parts[0]
-        order = torch.cat([rows for rows, _ in groups]).argsort()
-        ids = [part.ids for part in parts if part.ids is not None]
-        width = max((some.shape[1] for some in ids), default=0)
-        padded = [pad(some, (0, width - some.shape[1]), value=-1) for some in ids]
-        return Part(
-            WeightedMean(
-                torch.cat([part.weighted.log_mass for part in parts])[order],
-                torch.cat([part.weighted.log_square for part in parts])[order],
-                torch.cat([part.weighted.mean for part in parts])[order],
-            ),
-            torch.cat([part.log_tail for part in parts])[order],
-            torch.cat(padded)[order] if ids else None,
-        )
+        return parts[0] if label is None else Part.joined(parts, [rows for rows, _ in groups])
 
     def _with_mirror(self, part: Part, other: Part) -> Part:
         """Adds the mirror images: flip(x_i).q = x_i.flip(q), so `other` was asked for the mirrored x."""
         mirrored = replace(other.weighted, mean=self._mirror(other.weighted.mean))
-        ids = None
-        if part.ids is not None and other.ids is not None:
-            count = len(self.store)
-            ids = torch.cat([part.ids, torch.where(other.ids < 0, -1, other.ids + count)], 1)
-        return Part(part.weighted.merge(mirrored), part.log_tail.logaddexp(other.log_tail), ids)
+        theirs = torch.where(other.ids < 0, -1, other.ids + len(self.store))
+        return Part(
+            weighted=part.weighted.merge(mirrored),
+            log_tail=part.log_tail.logaddexp(other.log_tail),
+            ids=torch.cat([part.ids, theirs], 1),
+            whole=part.whole & other.whole,
+            candidates=part.candidates + other.candidates,
+            log_far=part.log_far.logaddexp(other.log_far),
+            ladders=part.ladders,
+            errors=torch.maximum(part.errors, other.errors),
+        )
 
     def _estimate(self, part: Part, x: Tensor, t: Tensor) -> Estimate:
         mean = part.weighted.mean
@@ -254,15 +309,20 @@ class EmpiricalVelocity(Velocity):
         if self.flip:  # a mirror image is as far from the mean as the image is from the mirrored mean
             reach = torch.maximum(reach, self.support.reach(self._mirror(mean)))
         bound = tail * reach / (1 - t.double())
-        bound = bound.masked_fill(part.log_tail.isposinf(), torch.inf)
+        bound = bound.masked_fill(part.log_tail.isposinf() | ~part.log_far.isneginf(), torch.inf)
+        far = (part.log_far - part.weighted.log_mass).exp()
         images = mean.view_as(x)
         return Estimate(
             velocity=velocity_from_mean(images, x, t),
             mean=images,
-            tail_mass=tail.float(),
+            tail_mass=(tail + (1 - tail) * far).clamp_max(1).float(),
             bound=bound.float(),
             ess=part.weighted.ess.clamp_min(1).float(),
             ids=part.ids,
+            whole=part.whole,
+            candidates=part.candidates,
+            error=part.errors.float(),
+            ladder=part.ladders,
         )
 
     def _mirror(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:

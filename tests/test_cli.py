@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ import torch
 from contract import pixels_of
 from PIL import Image
 
+from nnflow.calibration import Calibration, Entry, Quantiles
 from nnflow.cli import main
+from nnflow.cli.calibrate import exact_share, stretches, table
+from nnflow.index import NeighbourIndex
+from nnflow.settling import read_settling
 from nnflow.store import ImageStore, to_uint8
 from nnflow.unet import LearnedVelocity
+from nnflow.velocity import EmpiricalVelocity
 
 TINY = ["--channels", "8", "--blocks", "1", "--head-dim", "8", "--batch", "4", "--warmup", "0"]
 SHORT = ["--steps", "3", "--checkpoint-every", "2", "--sample-every", "3", *TINY]
@@ -51,13 +57,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images/, an index of them, and a run of three steps: made once, only read."""
+    """A folder with images/, an index of them, and a run of three steps: made once, only read.
+
+    The index is calibrated, that of others/ is not.
+    """
     home = tmp_path_factory.mktemp("built")
     write_images(home / "images")
     write_images(home / "others", seed=9)
-    for source, out in (("images", "index"), ("others", "other")):
+    for source, out, seconds in (("images", "index", "0.5"), ("others", "other", "0")):
         with pytest.raises(SystemExit) as exit_:
-            main(["index", str(home / source), str(home / out), "--size", "4", "--rank", "5"])
+            main(["index", str(home / source), str(home / out), "--size", "4", "--rank", "5",
+                  "--calibration-seconds", seconds])  # fmt: skip
         assert not exit_.value.code
     with pytest.raises(SystemExit) as exit_:
         main(["train", str(home / "index"), "--out", str(home / "run"), *SHORT])
@@ -119,6 +129,7 @@ def test_the_whole_way(built: Path, run: Run, tmp_path: Path) -> None:
     assert report["samples"]["memorised"]["fraction"] == 1
     assert report["sample_seeds"] == [0, 1, 2, 7]
     assert report["held_out"]["memorised"]["images"] == 24
+    assert report["config"]["estimator"] == "exact"  # the reference, though the index is calibrated
     assert len(report["error"]["mean_squared"]) == len(report["error"]["times"])
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
         "distances.png", "error.png", "evaluation.json",
@@ -166,6 +177,166 @@ def test_a_finished_index_is_reused(built: Path, run: Run) -> None:
     assert before == after
 
 
+# ---------------------------------------------------------------------- calibration
+
+
+def calibrated(*rows: tuple[float, str, float, float]) -> Calibration:
+    """Entries (t, ladder, milliseconds, p99): the percentiles below it are a half and a quarter of it."""
+    return Calibration(
+        tuple(
+            Entry(t, ladder, ms / 1000, Quantiles(p99 / 4, p99 / 2, p99, p99, 90), None)
+            for t, ladder, ms, p99 in rows
+        ),
+        "an index",
+        {},
+    )
+
+
+MADE_UP = calibrated(
+    (0.1, "exact", 10.0, 0.0), (0.1, "64/9", 1.0, 0.004),
+    (0.2, "exact", 10.0, 0.0), (0.2, "64/9", 2.0, 0.008), (0.2, "128/9 alone", 5.0, 0.001),
+    (0.5, "exact", 8.0, 0.0), (0.5, "64/9", 2.0, 0.02), (0.5, "128/9 alone", 5.0, 0.001),
+)  # fmt: skip
+
+
+def test_the_table_of_a_calibration_by_hand() -> None:
+    """64/9 meets 1 % at .1 and .2, 128/9 alone at .2 and .5."""
+    lines = table(MADE_UP, 0.01).splitlines()
+    assert [line.split() for line in lines[2:-1]] == [
+        ["0.1", "64/9", "0.1", "0.2", "0.4", "-", "1", "10", "10"],
+        ["0.2", "128/9", "alone", "0.025", "0.05", "0.1", "-", "5", "10", "2"],
+        ["0.5", "128/9", "alone", "0.025", "0.05", "0.1", "-", "5", "8", "1.6"],
+    ]
+    # .1 x 1 + .1 x 1.5 + .3 x 5 + .5 x 5 of .1 x 10 + .1 x 10 + .3 x 9 + .5 x 8
+    assert "4.25 ms per query, exact 8.7 ms, ratio 2.05; exact field for 0 % of t" in lines[-1]
+
+
+def test_where_no_ladder_will_do_the_table_says_so() -> None:
+    parts = stretches(MADE_UP, MADE_UP.plan(0.0009))
+    assert exact_share(parts) == 1
+    assert [part.width for part in parts] == pytest.approx([0.1, 0.1, 0.3, 0.5])
+    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 up to .1, 128/9 alone from .2
+    assert exact_share(parts) == pytest.approx(0.1)
+    rows = table(MADE_UP, 0.005).splitlines()
+    assert rows[2].split() == ["0.1", "exact", "0", "0", "0", "-", "10", "10", "1"]
+    assert rows[-1].endswith("exact field for 10 % of t")
+
+
+def test_calibrate_writes_what_it_names(built: Path, run: Run, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(built / "other", index)
+    assert not (index / "calibration.json").exists()
+    assert f"calibrated     no: {index}" in run("info", index)[1]
+    assert json.loads(run("info", index, "--json")[1])["calibration"] is None
+    before = set(index.iterdir())
+    code, out, _ = run("calibrate", index, "--held-out", built / "index", "--queries", 4, "--seed", 3,
+                       "--seconds", 0.5)  # fmt: skip
+    assert code == 0
+    written = {Path(line) for line in out.splitlines() if line.startswith(str(index))}
+    assert written == set(index.iterdir()) - before
+    assert {path.name for path in written} == {"calibration.json", "calibration.png", "settling.npz"}
+    found = Calibration.open(NeighbourIndex.open(index))
+    assert (found.about["seed"], found.about["queries"]) == (3, 4)
+    assert found.about["held_out"] == ImageStore.open(built / "index").fingerprint
+    assert table(found, 0.01) in out
+    assert read_settling(ImageStore.open(index)) is not None
+    known = json.loads(run("info", index, "--json")[1])["calibration"]
+    assert known == {"queries": 4, "times": len(found.times), "tolerance": 0.01, "exact_share": 1.0}
+    told = f"calibrated     4 queries at {len(found.times)} times; tolerance 0.01: exact field for 100 % of t"
+    assert told in run("info", index)[1]
+
+
+def test_the_tolerance_is_that_of_the_settling_times_too(built: Path, run: Run, tmp_path: Path) -> None:
+    found = []
+    for tolerance in (0.01, 0.2):
+        index = tmp_path / str(tolerance)
+        shutil.copytree(built / "other", index)
+        run("calibrate", index, "--queries", 2, "--seconds", 0.5, "--tolerance", tolerance)
+        found.append(read_settling(ImageStore.open(index)))
+    assert (found[1] < found[0]).all()
+
+
+def test_an_index_is_calibrated_unless_it_is(built: Path, run: Run, tmp_path: Path) -> None:
+    """`test_a_finished_index_is_reused` has the rest: a valid table is left alone."""
+    assert (built / "index" / "calibration.json").exists()
+    index = tmp_path / "index"
+    shutil.copytree(built / "index", index)
+    again = ["index", built / "images", index, "--size", 4, "--rank", 5, "--calibration-seconds"]
+    (index / "calibration.json").write_text("{}")
+    assert run(*again, 0)[0] == 0
+    assert (index / "calibration.json").read_text() == "{}"
+    assert run(*again, 0.5)[0] == 0
+    assert Calibration.open(NeighbourIndex.open(index)).times
+
+
+def test_held_out_images_of_another_shape_are_refused(built: Path, run: Run, tmp_path: Path) -> None:
+    run("index", built / "others", tmp_path / "large", "--size", 8, "--calibration-seconds", 0)
+    index = tmp_path / "index"
+    shutil.copytree(built / "other", index)
+    code, _, err = run("calibrate", index, "--held-out", tmp_path / "large", "--seconds", 0.5)
+    assert code == 2
+    assert "held-out images of shape" in one_line(err)
+    assert not (index / "calibration.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "arguments", "recorded"),
+    [
+        ("index", [], ("near-and-far", None, 0.01)),
+        ("index", ["--tolerance", "0.2"], ("near-and-far", None, 0.2)),
+        ("index", ["--estimator", "exact"], ("exact", None, None)),
+        ("index", ["--estimator", "nearest", "--k", "5"], ("nearest", 5, None)),
+        ("other", [], ("exact", None, None)),
+    ],
+)
+def test_the_estimator_is_recorded(
+    built: Path, run: Run, tmp_path: Path, index: str, arguments: list[str], recorded: tuple[object, ...]
+) -> None:
+    code, _, err = run("sample", "--index", built / index, *arguments, "--seeds", 1, "--steps", 2,
+                       "--out", tmp_path)  # fmt: skip
+    assert code == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["estimator"], config["k"], config["tolerance"]) == recorded
+    fallen = [line for line in err.splitlines() if "has not been calibrated; run: nnflow calibrate" in line]
+    assert len(fallen) == (index == "other")
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_near_and_far_by_the_tolerance_given(
+    built: Path, run: Run, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float | None] = []
+    usual = EmpiricalVelocity.near_and_far
+
+    def spy(index: NeighbourIndex, **rest: Any) -> EmpiricalVelocity:
+        asked.append(rest["tolerance"])
+        return usual(index, **rest)
+
+    monkeypatch.setattr(EmpiricalVelocity, "near_and_far", spy)
+    arguments = ["--index", built / "index", "--estimator", "near-and-far", "--tolerance", 0.3]
+    if command == "sample":
+        arguments += ["--seeds", 1, "--steps", 2]
+    else:
+        arguments += ["--run", built / "run", "--pairs", 4]
+    assert run(command, *arguments, "--out", tmp_path)[0] == 0
+    assert asked == [0.3]
+    if command == "evaluate":
+        config = json.loads((tmp_path / "evaluation.json").read_text())["config"]
+        assert (config["estimator"], config["k"], config["tolerance"]) == ("near-and-far", None, 0.3)
+
+
+def test_near_and_far_asked_for_is_not_replaced(built: Path, run: Run, tmp_path: Path) -> None:
+    other = built / "other"
+    for command in (
+        ["sample", "--index", other, "--estimator", "near-and-far", "--out", tmp_path / "x"],
+        ["train", other, *SHORT, "--field", "near-and-far", "--out", tmp_path / "x"],
+    ):
+        code, _, err = run(*command)
+        assert code == 2
+        assert f"run: nnflow calibrate {other}" in one_line(err)
+        assert not (tmp_path / "x").exists()
+
+
 def test_help_names_every_knob_of_training(run: Run) -> None:
     import dataclasses
 
@@ -200,7 +371,8 @@ def test_bad_sources(run: Run, tmp_path: Path) -> None:
         assert code == 2
         assert said in one_line(err)
         assert not (tmp_path / f"out-{source}" / "manifest.json").exists()
-    code, _, _ = run("index", tmp_path / "broken", tmp_path / "out-broken", "--size", 4, "--skip-unreadable")
+    code, _, _ = run("index", tmp_path / "broken", tmp_path / "out-broken", "--size", 4, "--skip-unreadable",
+                     "--calibration-seconds", 0)  # fmt: skip
     assert code == 0
     assert "a/004.png" in (tmp_path / "out-broken" / "skipped.csv").read_text()
     assert len(ImageStore.open(tmp_path / "out-broken")) == 23
@@ -253,10 +425,13 @@ def test_runs_are_not_mixed_up(built: Path, run: Run, tmp_path: Path) -> None:
     trained = tmp_path / "run"
     shutil.copytree(built / "run", trained, symlinks=True)
     again = ["--out", trained, *SHORT]
+    other = tmp_path / "other"
+    shutil.copytree(built / "other", other)
+    assert run("calibrate", other, "--queries", 2, "--seconds", 0.1)[0] == 0
     for arguments, said in [
         (["train", built / "index", *again], "--resume"),
         (["train", built / "index", *again, "--resume", "--learning-rate", "0.1"], "learning_rate"),
-        (["train", built / "other", *again, "--resume"], "images"),
+        (["train", other, *again, "--resume"], "images"),
     ]:
         code, _, err = run(*arguments)
         assert code == 2
@@ -289,6 +464,12 @@ def test_bad_arguments_are_one_line(built: Path, run: Run, tmp_path: Path) -> No
         (["index", built / "images", tmp_path / "x", "--size", 4, "--kind", "XYZ7"], "XYZ7"),
         (["index", built / "images", tmp_path / "x"], "--size"),
         (["indes"], "indes"),
+        (["index", built / "images", tmp_path / "x", "--size", 4, "--calibration-seconds", -1], "-1"),
+        (["calibrate", tmp_path / "none"], "none"),
+        (["calibrate", index, "--queries", 1], "1"),
+        (["calibrate", index, "--tolerance", 0], "tolerance"),
+        (["calibrate", index, "--held-out", tmp_path / "none"], "none"),
+        (["sample", "--index", index, "--tolerance", "nan", "--out", tmp_path / "x"], "nan"),
         (["sample", "--index", index, "--field", "hybrid", "--out", tmp_path / "x"], "--run"),
         (["sample", "--index", index, "--field", "dream", "--out", tmp_path / "x"], "dream"),
         (["sample", "--index", index, "--seeds", "9-3", "--out", tmp_path / "x"], "9-3"),
@@ -362,6 +543,7 @@ def test_interrupt_is_no_traceback(tmp_path: Path) -> None:
     for number in range(1, 400):
         os.link(source / "0.png", source / f"{number}.png")
     command = [sys.executable, "-m", "nnflow", "index", str(source), str(tmp_path / "out"), "--size", "4"]
+    command += ["--calibration-seconds", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     partial = tmp_path / "out" / "images.h5.partial"
     for _ in range(600):

@@ -48,6 +48,11 @@ def test_the_paper_recipe_is_the_default_and_a_preset():
     assert (config.channels, config.blocks, config.attention) == ((128, 256, 256, 256), 2, (16,))
     assert config.flip
     assert config.dropout == 0.1
+    assert (config.field, config.tolerance) == ("near-and-far", 0.01)
+
+
+def test_digits_ask_for_no_calibration():
+    assert PRESETS["digits"].field == "exact"
 
 
 def test_targets_are_those_of_the_matcher():
@@ -77,7 +82,8 @@ def test_every_knob_tells_the_command_line_what_it_is():
         ({"dropout": 1.0}, r"dropout is 1\.0"),
         ({"flip": 1}, r"flip is 1: wanted true or false"),
         ({"target": "otcfm"}, r"target is 'otcfm': wanted one of cfm, efm-m"),
-        ({"field": None}, r"field is None: wanted one of exact, nearest"),
+        ({"field": None}, r"field is None: wanted one of exact, nearest, near-and-far"),
+        ({"tolerance": 0.0}, r"tolerance is 0\.0: wanted a number from 1e-06 to 1"),
         ({"memory": "much"}, r"memory budget 'much'"),
         ({"channels": []}, r"channels is empty"),
         ({"channels": "64,x"}, r"channels is '64,x': wanted whole numbers such as 32,64"),

@@ -247,7 +247,9 @@ class TestWideImages:
         total = images.var(0, correction=0).sum().item()
         for one in (found, whole):
             assert one.spectrum.double().sum().item() == pytest.approx(total, rel=1e-5)
-            assert (one.spectrum[:-1] >= one.spectrum[1:]).all()
+            along = (images - one.mean).mm(one.principal.double().T).square().mean(0)
+            torch.testing.assert_close(one.spectrum[: len(along)].double(), along, rtol=1e-4, atol=1e-9)
+            assert (along[:-1] >= along[1:]).all()
         directions = found.directions.double()  # type: ignore[union-attr]
         torch.testing.assert_close(directions @ directions.T, torch.eye(8).double(), rtol=0, atol=1e-6)
         held = (images - found.mean).mm(directions.T).square().mean(0).sum().item()
@@ -349,13 +351,14 @@ class TestFile:
             {"mean": None},
             {"numbers": None},
             {"numbers": torch.ones(2)},
-            {"numbers": torch.full((3,), torch.nan)},
+            {"numbers": torch.full((4,), torch.nan)},
+            {"numbers": torch.tensor([1.0, 1.0, 9.0, 1000.0], dtype=torch.float64)},
             {"spectrum": torch.ones(D - 1)},
             {"mean": torch.ones(D).double()},
             {"mean": torch.ones(1, D)},
-            {"directions": torch.ones(2, D + 1)},
-            {"directions": torch.ones(0, D)},
-            {"directions": torch.ones(D)},
+            {"principal": torch.ones(2, D + 1)},
+            {"principal": torch.ones(0, D)},
+            {"principal": torch.ones(D)},
             {"store": None},
             {"store": torch.ones(8)},
         ],

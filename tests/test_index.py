@@ -24,7 +24,7 @@ from nnflow.store import ImageStore
 
 N = 400
 NAMES = ["ant"] * 90 + ["bee"] * 250 + ["cat"] * 60
-PARTS = ("images.h5", "embedding.safetensors", "index.faiss")
+PARTS = ("images.h5", "embedding.safetensors", "coordinates.npy", "index.faiss")
 
 
 @pytest.fixture(scope="module")
@@ -474,8 +474,7 @@ class TestFolder:
         """The same number of coordinates of the same store, and yet not those of these vectors."""
         path = folder / "embedding.safetensors"
         found = module.Embedding.open(path)
-        assert found.directions is not None
-        other = module.Embedding(**found.__dict__ | {"directions": found.directions.flip(0)})
+        other = module.Embedding(**found.__dict__ | {"principal": found.principal.flip(0)})
         other.save(path)
         edit["files"][path.name] = file_mark(path)
         write_json(folder / "manifest.json", edit)
@@ -488,14 +487,14 @@ class TestFolder:
         with refused(StoreError, r"out\\n/manifest\.json: .*an index manifest"):
             NeighbourIndex.open(folder)
 
-    @pytest.mark.parametrize("value", ["nnflow-index-0", None, 7, ["nnflow-index-1"]])
+    @pytest.mark.parametrize("value", ["nnflow-index-0", None, 7, ["nnflow-index-2"]])
     def test_a_manifest_of_another_version(self, folder: Path, edit: dict[str, Any], value: object) -> None:
         write_json(folder / "manifest.json", edit | {"format": value})
-        with refused(StoreError, r"manifest\.json: format .*, wanted nnflow-index-1"):
+        with refused(StoreError, r"manifest\.json: format .*, wanted nnflow-index-2"):
             NeighbourIndex.open(folder)
         # and the fix it names works
         assert len(build(ImageStore.open(folder), 6)) == 50
-        assert NeighbourIndex.open(folder).manifest["format"] == "nnflow-index-1"
+        assert NeighbourIndex.open(folder).manifest["format"] == "nnflow-index-2"
 
     def test_a_manifest_without_any_one_of_its_keys(self, folder: Path, edit: dict[str, Any]) -> None:
         for key in edit.keys() - {"format"}:
@@ -541,7 +540,7 @@ class TestFolder:
         def dies(*arguments: object, **keywords: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(module, "_index_vectors", dies)
+        monkeypatch.setattr(module, "_add_images", dies)
         with pytest.raises(KeyboardInterrupt):
             build(ImageStore.open(folder), 7)
         assert NeighbourIndex.open(folder).rank == 6

@@ -13,10 +13,11 @@ ROOT = Path(nnflow.__file__).parent
 # A module imports only from those above it.
 ORDER = """
 errors memory files path weighted pixels sources decode hdf5file ingest store
-embedding faiss_backend manifest index support nearfield scan velocity targets
+embedding coordinates faiss_backend manifest index support nearfield scan
+residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
-sampling metrics evaluation sheet plots
-cli.options cli.index cli.train cli.sample cli.evaluate cli
+sampling metrics evaluation sheet plots curves
+cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line
 

@@ -1,6 +1,7 @@
 """Training: the same weights whatever interrupts it, and refusals that lose nothing."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,15 +17,19 @@ from stores import store_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nnflow import training
+from nnflow.calibrating import calibrate
 from nnflow.config import resolve
-from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError
+from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError, StoreError
 from nnflow.files import folder_lock
 from nnflow.index import NeighbourIndex
 from nnflow.sampling import sample
+from nnflow.settling import SETTLING, write_settling
+from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher
 from nnflow.trainer import seed_of
 from nnflow.training import train
 from nnflow.unet import LearnedVelocity, newest_checkpoint
+from nnflow.velocity import EmpiricalVelocity
 
 PARTS = ["unet/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors"]
 PARTS += ["optimizer.safetensors"]
@@ -367,10 +372,98 @@ def test_every_target_trains(store, tmp_path, target):
 
 
 def test_neighbours_need_an_index(store, tmp_path):
-    for knobs in ({"target": "efm", "field": "nearest"}, {"target": "efm-unbiased"}):
+    for knobs in (
+        {"target": "efm", "field": "nearest"},
+        {"target": "efm", "field": "near-and-far"},
+        {"target": "efm-unbiased"},
+        {"target": "efm-unbiased", "field": "near-and-far"},
+    ):
         with pytest.raises(InputError, match="needs neighbours: pass a NeighbourIndex"):
             train(store, tmp_path / "run", tiny(**knobs))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def calibrated(store, tmp_path):
+    """An index of the same images in a folder of its own, calibrated; as small as this, all by exact sums."""
+    folder = tmp_path / "index"
+    shutil.copytree(store.folder, folder)
+    index = NeighbourIndex.build(ImageStore.open(folder), folder, rank="pixels")
+    calibrate(index, queries=2, seconds=0.1)
+    return index
+
+
+def test_near_and_far_follows_the_calibration(store, calibrated, tmp_path):
+    """Exact at every time here, so the same weights as the exact field gives."""
+    knobs = {"target": "efm", "steps": 2}
+    exact = train(store, tmp_path / "exact", tiny(**knobs, field="exact"))
+    same(
+        exact.checkpoint, train(calibrated, tmp_path / "run", tiny(**knobs, field="near-and-far")).checkpoint
+    )
+
+
+@pytest.mark.parametrize("target", ["efm", "efm-unbiased"])
+def test_where_all_images_have_settled_it_is_cfm(store, calibrated, tmp_path, target):
+    cfm = train(store, tmp_path / "cfm", tiny(target="cfm", steps=2))
+    write_settling(calibrated.store, torch.zeros(len(store)))
+    knobs = {"target": target, "field": "near-and-far", "steps": 2}
+    same(cfm.checkpoint, train(calibrated, tmp_path / "run", tiny(**knobs)).checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("target", "field", "asked"),
+    [
+        ("efm", "near-and-far", {"tolerance": 0.03}),
+        ("efm-unbiased", "near-and-far", {"tolerance": 0.03}),
+        ("efm", "nearest", {"k": 3}),
+        ("efm-unbiased", "nearest", {"k": 3}),
+        ("efm-unbiased", "exact", {"k": 3}),
+        ("efm", "exact", {}),
+        ("cfm", "near-and-far", None),
+    ],
+)
+def test_which_field_answers(calibrated, tmp_path, monkeypatch, target, field, asked):
+    seen = []
+
+    def spied(name):
+        usual = getattr(EmpiricalVelocity, name)
+
+        def spy(source, *, flip, **rest):
+            assert flip
+            seen.append({key: value for key, value in rest.items() if key in ("k", "tolerance")})
+            return usual(source, flip=flip, **rest)
+
+        monkeypatch.setattr(EmpiricalVelocity, name, spy)
+
+    for name in ("exact", "nearest", "near_and_far"):
+        spied(name)
+    knobs = {"target": target, "field": field, "tolerance": 0.03, "k": 3, "steps": 1}
+    train(calibrated, tmp_path / "run", tiny(**knobs))
+    assert seen == ([] if asked is None else [asked])
+
+
+def test_near_and_far_needs_a_calibration(store, tmp_path):
+    index = NeighbourIndex.build(store, store.folder, rank="pixels")
+    with pytest.raises(StoreError, match="has not been calibrated; run: nnflow calibrate"):
+        train(index, tmp_path / "run", tiny(target="efm", field="near-and-far"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_calibration_is_another_run(calibrated, tmp_path):
+    knobs = tiny(target="efm", field="near-and-far", steps=2)
+    train(calibrated, tmp_path / "run", knobs)
+    train(calibrated, tmp_path / "run", knobs.replace({"steps": 3}), resume=True)
+    write_settling(calibrated.store, torch.ones(len(calibrated)))
+    with pytest.raises(
+        CheckpointError, match=r"index were .*settling times none, now .*settling times \w{16}"
+    ):
+        train(calibrated, tmp_path / "run", knobs, resume=True)
+    (calibrated.folder / SETTLING).unlink()
+    calibrate(calibrated, queries=3, seconds=0.1)
+    with pytest.raises(
+        CheckpointError, match=r"index were embedding .*, calibration \w{16}, .* now embedding"
+    ):
+        train(calibrated, tmp_path / "run", knobs, resume=True)
 
 
 def test_another_index_is_another_run(store, tmp_path):

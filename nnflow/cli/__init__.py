@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from nnflow.cli.calibrate import calibrate
 from nnflow.cli.evaluate import evaluate
 from nnflow.cli.index import index, info
 from nnflow.cli.sample import sample
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for command in (index, info, train, sample, evaluate):
+for command in (index, info, calibrate, train, sample, evaluate):
     cli.add_command(command)
 
 

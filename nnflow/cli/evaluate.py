@@ -9,6 +9,7 @@ import click
 from nnflow.cli.options import (
     FOLDER,
     chosen_device,
+    chosen_estimator,
     device_option,
     empirical_field,
     estimator_options,
@@ -36,12 +37,12 @@ from nnflow.store import ImageStore
 @click.option("--pairs", type=click.IntRange(min=1), default=256, show_default=True, help="For the error.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of these pairs.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for what is written.")
-@estimator_options
+@estimator_options(default="exact")
 @memory_option
 @device_option
 def evaluate(
     index: Path, samples: Path | None, run: Path | None, held_out: Path | None, pairs: int, seed: int,
-    out: Path, estimator: str, k: int, memory: int, device: str | None,
+    out: Path, estimator: str, tolerance: float, k: int, memory: int, device: str | None,
 ) -> None:  # fmt: skip
     """Measure memorisation of samples and the error of a network against u*.
 
@@ -54,11 +55,12 @@ def evaluate(
     store = ImageStore.open(index)
     images, seeds = (None, ()) if samples is None else read_samples(samples)
     learned = field = None
+    chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
     if run is not None:
         learned = learned_field(run, store, ema=True, device=where)
         # A network trained with flips regresses on the field of the flipped images too.
         flip = learned.config is not None and learned.config.flip
-        field = empirical_field(index, estimator, k=k, flip=flip, memory=memory, device=where)
+        field = empirical_field(index, chosen, flip=flip, memory=memory, device=where)
     new_folder(out)  # before the work, not after it: an OUT that cannot be written is told at once
     result = measure(
         store,
@@ -77,7 +79,7 @@ def evaluate(
     config: dict[str, Any] = {
         "index": str(index), "samples": None if samples is None else str(samples),
         "run": None if run is None else str(run), "held_out": None if held_out is None else str(held_out),
-        "estimator": estimator, "k": k if estimator == "nearest" else None,
+        **dataclasses.asdict(chosen),
     }  # fmt: skip
     _write(out, result, config)
 

@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 import click
 
-from nnflow.cli.options import FOLDER, RankType, memory_option
+from nnflow.calibration import Calibration
+from nnflow.cli.calibrate import exact_share, measure_into, stretches
+from nnflow.cli.options import FOLDER, TOLERANCE, RankType, memory_option
+from nnflow.errors import StoreError
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
 from nnflow.memory import format_bytes
@@ -28,6 +31,13 @@ from nnflow.store import ImageStore
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Decoding threads; one per core.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, listed in skipped.csv.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random choices.")
+@click.option(
+    "--calibration-seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="About how long to measure the field's errors, as nnflow calibrate does with more; 0 skips it.",
+)
 @memory_option
 def index(
     source: Path,
@@ -40,12 +50,13 @@ def index(
     workers: int | None,
     skip_unreadable: bool,
     seed: int,
+    calibration_seconds: float,
     memory: int,
 ) -> None:
     """Index the images of SOURCE, a folder or a zip, in the folder OUT.
 
     SOURCE holds one folder per class, or images without classes. A build that was stopped goes on with
-    the same command; a finished one is reused.
+    the same command; a finished one is reused, and measured only where it has not been.
     """
     store = ImageStore.build(
         source,
@@ -58,6 +69,8 @@ def index(
         progress=True,
     )
     built = NeighbourIndex.build(store, out, rank=rank, kind=kind, memory=memory, seed=seed, progress=True)
+    if calibration_seconds and isinstance(_calibration(built), StoreError):
+        measure_into(built, seconds=calibration_seconds, tolerance=TOLERANCE, seed=seed, memory=memory)
     click.echo(_told(built))
 
 
@@ -85,9 +98,40 @@ def _facts(index: NeighbourIndex) -> dict[str, Any]:
         "fitted_on": manifest["fitted_on"],
         "kind": manifest["kind"],
         "collapse_time": manifest["collapse_time"],
+        "calibration": _errors_known(index),
         "bytes": {name: mark["bytes"] for name, mark in manifest["files"].items()},
         "fingerprint": index.store.fingerprint,
     }
+
+
+def _calibration(index: NeighbourIndex) -> Calibration | StoreError:
+    """That of an index, or why there is none."""
+    try:
+        return Calibration.open(index)
+    except StoreError as error:
+        return error
+
+
+def _errors_known(index: NeighbourIndex) -> dict[str, Any] | None:
+    found = _calibration(index)
+    if isinstance(found, StoreError):
+        return None
+    return {
+        "queries": min(entry.held_in.queries for entry in found.entries),
+        "times": len(found.times),
+        "tolerance": TOLERANCE,
+        "exact_share": exact_share(stretches(found, found.plan(TOLERANCE))),
+    }
+
+
+def _calibrated(index: NeighbourIndex) -> str:
+    known = _errors_known(index)
+    if known is None:
+        return f"no: {_calibration(index)}"
+    return (
+        f"{known['queries']:,} queries at {known['times']} times; tolerance {known['tolerance']:g}: "
+        f"exact field for {100 * known['exact_share']:.3g} % of t"
+    )
 
 
 def _told(index: NeighbourIndex) -> str:
@@ -108,6 +152,7 @@ def _told(index: NeighbourIndex) -> str:
             f"  index          {shown(facts['kind'])}",
             f"  collapse time  t = {facts['collapse_time']:.3f} (estimated from the spectrum: beyond, "
             "u* is about one image)",
+            f"  calibrated     {_calibrated(index)}",
             f"  files          {sizes}",
         ]
     )

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import torch
 
+from nnflow.calibration import Calibration
 from nnflow.checkpoint import read_record
-from nnflow.errors import InputError, NNFlowError
+from nnflow.errors import InputError, NNFlowError, StoreError
 from nnflow.files import disk_errors, shown
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
@@ -19,6 +21,8 @@ from nnflow.velocity import EmpiricalVelocity
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SEEDS = 1_000_000
+ESTIMATORS = ("exact", "nearest", "near-and-far")
+TOLERANCE = 0.01
 
 
 class MemoryType(click.ParamType):
@@ -99,18 +103,38 @@ def memory_option(function: F) -> F:
     )(function)
 
 
-def estimator_options(function: F) -> F:
-    """--estimator and --k: how the sum over the images is taken."""
-    function = click.option(
-        "--k", type=click.IntRange(min=1), default=100, show_default=True, help="Neighbours of nearest."
-    )(function)
+def estimator_options(*, default: str | None) -> Callable[[F], F]:
+    """--estimator, --tolerance and --k: how the sum over the images is taken.
+
+    With no default the best that the index allows is chosen, by `chosen_estimator`.
+    """
+
+    def added(function: F) -> F:
+        function = click.option(
+            "--k", type=click.IntRange(min=1), default=100, show_default=True, help="Neighbours of nearest."
+        )(function)
+        function = tolerance_option("Relative velocity error of near-and-far.")(function)
+        return click.option(
+            "--estimator",
+            type=click.Choice(ESTIMATORS),
+            default=default,
+            show_default=default or "near-and-far where the index is calibrated, else exact",
+            help="Sum over all images, over the k that the index finds, or over those that matter in "
+            "pixels and all others by a few coordinates.",
+        )(function)
+
+    return added
+
+
+def tolerance_option(help_text: str) -> Callable[[F], F]:
+    """--tolerance, a relative velocity error."""
     return click.option(
-        "--estimator",
-        type=click.Choice(["exact", "nearest"]),
-        default="exact",
+        "--tolerance",
+        type=click.FloatRange(min=0, min_open=True),
+        default=TOLERANCE,
         show_default=True,
-        help="Sum over all images, or over the k that the index finds.",
-    )(function)
+        help=help_text,
+    )
 
 
 def device_option(function: F) -> F:
@@ -138,14 +162,39 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Estimator:
+    """How the sum over the images is taken: one of `ESTIMATORS`, and what applies to it."""
+
+    estimator: str
+    k: int | None
+    tolerance: float | None
+
+
+def chosen_estimator(out: Path, name: str | None, *, k: int, tolerance: float) -> Estimator:
+    """The one asked for; where none was, near-and-far if `out` is calibrated, else exact with a note."""
+    if name is None:
+        name = "near-and-far"
+        try:
+            Calibration.open(NeighbourIndex.open(out))
+        except StoreError as error:
+            click.echo(f"estimator exact, near-and-far cannot be had: {shown(error)}", err=True)
+            name = "exact"
+    return Estimator(name, k if name == "nearest" else None, tolerance if name == "near-and-far" else None)
+
+
 def empirical_field(
-    out: Path, estimator: str, *, k: int, flip: bool, memory: int, device: torch.device
+    out: Path, chosen: Estimator, *, flip: bool, memory: int, device: torch.device
 ) -> EmpiricalVelocity:
     """u* of the images in `out`, or its estimate."""
-    if estimator == "exact":
+    if chosen.estimator == "exact":
         return EmpiricalVelocity.exact(ImageStore.open(out), flip=flip, memory=memory, device=device)
     index = NeighbourIndex.open(out)
-    return EmpiricalVelocity.nearest(index, k=k, flip=flip, memory=memory, device=device)
+    if chosen.k is not None:
+        return EmpiricalVelocity.nearest(index, k=chosen.k, flip=flip, memory=memory, device=device)
+    return EmpiricalVelocity.near_and_far(
+        index, tolerance=chosen.tolerance, flip=flip, memory=memory, device=device
+    )
 
 
 def learned_field(run: Path, store: ImageStore, *, ema: bool, device: torch.device) -> LearnedVelocity:

@@ -1,6 +1,6 @@
 """nnflow sample."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nnflow.cli.options import (
     ListType,
     SeedsType,
     chosen_device,
+    chosen_estimator,
     class_number,
     device_option,
     empirical_field,
@@ -75,13 +76,13 @@ class _Drawn:
 @click.option("--ema/--no-ema", default=True, show_default=True, help="Averaged weights, or the last ones.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples at once.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for what is written.")
-@estimator_options
+@estimator_options(default=None)
 @memory_option
 @device_option
 def sample(
     index: Path, run: Path | None, fields: tuple[str, ...], taus: tuple[float, ...], seeds: tuple[int, ...],
     steps: int, method: str, class_name: str | None, flip: bool, ema: bool, batch: int, out: Path,
-    estimator: str, k: int, memory: int, device: str | None,
+    estimator: str | None, tolerance: float, k: int, memory: int, device: str | None,
 ) -> None:  # fmt: skip
     """Draw samples from noise, one per seed, and find the training image nearest to each.
 
@@ -96,9 +97,10 @@ def sample(
         if run is None:
             raise InputError("field hybrid or learned: name the training run, --run FOLDER")
         learned = learned_field(run, store, ema=ema, device=where)
-    empirical = None
+    empirical, chosen = None, None
     if set(fields) & {"empirical", "hybrid"}:
-        empirical = empirical_field(index, estimator, k=k, flip=flip, memory=memory, device=where)
+        chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
+        empirical = empirical_field(index, chosen, flip=flip, memory=memory, device=where)
     new_folder(out)  # before the work, not after it: an OUT that cannot be written is told at once
     drawn = []
     for slug, heading, field in _columns(fields, taus, empirical, learned):
@@ -112,7 +114,7 @@ def sample(
         "index": str(index), "fingerprint": store.fingerprint, "run": None if run is None else str(run),
         "fields": list(fields), "taus": list(taus) if "hybrid" in fields else [], "seeds": list(seeds),
         "steps": steps, "method": method, "class": class_name, "flip": flip, "ema": ema,
-        "estimator": estimator, "k": k if estimator == "nearest" else None,
+        **({} if chosen is None else asdict(chosen)),
     }  # fmt: skip
     _write(out, store, drawn, seeds, config)
 

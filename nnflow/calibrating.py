@@ -1,0 +1,247 @@
+"""Measures ladders against the exact field on the path's own queries: the table of `calibration`.
+
+Queries lie on straight paths from noise to images of the store (held in), and to the mirror images of
+others (held out: natural images that the store does not hold) or to images of another store.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, name_of, support_of
+from nnflow.errors import InputError
+from nnflow.index import NeighbourIndex
+from nnflow.ladder import Ladder
+from nnflow.memory import DEFAULT_BUDGET
+from nnflow.path import interpolate
+from nnflow.pixels import PixelRows
+from nnflow.store import ImageStore
+from nnflow.support import Support
+
+# Ladders that are tried; dearer ones where cheaper ones have met the finest tolerance are not.
+LADDERS = (
+    *("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "128/100 alone", "512/100 alone"),
+    *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
+    *("512/100", "512/300", "64/3000 512/100", "128/3000 512/100", "128/10000 512/300", "512/1000"),
+)
+# Times are measured at these, and at these multiples of the estimated collapse time, around which
+# the error of most ladders is largest.
+_TIMES = (
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.06,
+    0.08,
+    0.1,
+    0.12,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.4,
+    0.5,
+    0.7,
+    0.9,
+)
+_COLLAPSE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)
+_LAST = 0.99
+_TOLERANCES = (0.05, 0.01, 0.003, 0.001)  # for which there is to be a ladder, also between two times
+_FINEST = min(_TOLERANCES)  # below which no dearer ladder is looked for
+_HOPELESS = 0.1  # median error of a few queries above which the rest are not asked
+_FEW = 32
+_BATCH = 64  # queries asked and timed together
+_HELD_OUT = 4  # one held-out query for every four held in
+_LEAST_QUERIES, _MOST_QUERIES = 64, 256
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries at one time, the exact mean there, |u*| (1 - t), and the seconds per query that took."""
+
+    x: Float[Tensor, "q D"]
+    t: Float[Tensor, " q"]
+    mean: Float[Tensor, "q D"]
+    size: Float[Tensor, " q"]
+    seconds: float
+
+
+class _Bench:
+    """One index under measurement."""
+
+    def __init__(self, index: NeighbourIndex, held_out: ImageStore | None, budget: int, seed: int) -> None:
+        self.index, self.held_out, self.seed = index, held_out, seed
+        self.rows = PixelRows(index.store.pixels)
+        self.images = slice(0, len(index))
+        self.exact = support_of(EXACT, index, self.rows, budget)
+        count, dim = index.store.pixels.shape
+        ladders = [name for name in LADDERS if _saves(Ladder.parse(name), index, count, dim)]
+        self.ways = {name: support_of(name, index, self.rows, budget) for name in ladders}
+
+    def queries(self, t: float, count: int, *, held_in: bool) -> tuple[Tensor, Tensor]:
+        """x_t (count, D) and times, made of the seed and t alone."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round(1e6 * t) + held_in)
+        store = self.index.store if held_in or self.held_out is None else self.held_out
+        x1 = store.images(torch.randint(len(store), (count,), generator=generator))
+        if not held_in and self.held_out is None:
+            x1 = x1.flip(-1)
+        x0 = torch.randn(x1.shape, generator=generator)
+        return interpolate(x0, x1, t).flatten(1), torch.full((count,), t)
+
+    def ask(self, t: float, count: int, *, held_in: bool) -> _Asked:
+        """Queries and the exact answers."""
+        x, times = self.queries(t, count, held_in=held_in)
+        mean, seconds = self.answer(self.exact, x, times)
+        return _Asked(x, times, mean, (mean - x).norm(dim=1), seconds)
+
+    def errors(self, way: Support, asked: _Asked, rows: slice) -> tuple[Float[Tensor, " q"], float]:
+        """Relative velocity errors, those of the mean in units of |mean - x|; seconds per query."""
+        mean, seconds = self.answer(way, asked.x[rows], asked.t[rows])
+        return (mean - asked.mean[rows]).norm(dim=1) / asked.size[rows], seconds
+
+    def answer(self, way: Support, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "q D"], float]:
+        """Means at some queries, in batches, and the median batch's seconds per query."""
+        means, seconds = [], []
+        for some, times in zip(x.split(_BATCH), t.split(_BATCH), strict=True):
+            began = time.perf_counter()
+            means.append(way.part(some, times, self.images).weighted.mean)
+            seconds.append((time.perf_counter() - began) / len(some))
+        return torch.cat(means), statistics.median(seconds)
+
+
+def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
+    """Whether a ladder is not the exact field under another name, nor another ladder under a second."""
+    ranks = [rank for rank, _ in ladder.levels]
+    known = all(index.coordinates.edge(rank) == rank for rank in ranks)
+    return known and ranks[0] < dim and ladder.levels[0][1] < count
+
+
+def calibrate(
+    index: NeighbourIndex,
+    *,
+    held_out: ImageStore | None = None,
+    queries: int | None = None,
+    seconds: float = 300.0,
+    seed: int = 0,
+    memory: int = DEFAULT_BUDGET,
+    progress: bool = False,
+) -> Calibration:
+    """Measures errors and times of `LADDERS` against the exact field, and writes OUT/calibration.json.
+
+    Args:
+        index: the index; its folder receives the table.
+        held_out: a store of images not indexed; the mirror images of those indexed when None.
+        queries: per time; None for as many of 64 to 256 as `seconds` allow.
+        seconds: about how long this may take. Where 64 queries at every time take longer, fewer times are
+            measured, and the ladders between them chosen the more carefully.
+        seed: of the queries.
+        memory: working memory in bytes.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: fewer than 2 queries, or held-out images of another shape.
+    """
+    if queries is not None and queries < 2:
+        raise InputError(f"queries = {queries}: wanted at least 2 per time, 256 for a 99th percentile")
+    if held_out is not None and held_out.shape[1:] != index.store.shape[1:]:
+        raise InputError(
+            f"held-out images of shape {held_out.shape[1:]}: wanted {index.store.shape[1:]}, as those indexed"
+        )
+    bench = _Bench(index, held_out, memory, seed)
+    times = _times(float(index.manifest["collapse_time"]))
+    costs, whole = _costs(bench, times[len(times) // 2])
+    per_query = (1 + 1 / _HELD_OUT) * (whole + sum(costs.values()))
+    affordable = int(seconds / (per_query * len(times)))
+    count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable))
+    if queries is None and affordable < _LEAST_QUERIES:
+        times = _thinned(times, max(6, len(times) * affordable // _LEAST_QUERIES))
+    order = sorted(costs, key=costs.__getitem__)
+    entries: list[Entry] = []
+    again: set[str] = set()
+    for t in tqdm(times, "calibrating", disable=not progress, unit="time"):
+        found = _at(bench, t, count, order, again)
+        again = _cheapest(found)
+        entries.extend(found)
+    about = {
+        "seed": seed,
+        "queries": count,
+        "batch": _BATCH,
+        "held_out": "mirror images" if held_out is None else held_out.fingerprint,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    table = Calibration(tuple(entries), name_of(index), about)
+    table.save(index.folder / FILE)
+    return table
+
+
+def _at(bench: _Bench, t: float, count: int, order: Sequence[str], again: set[str]) -> list[Entry]:
+    """The exact field and the ladders worth measuring at one time, in `order`, cheapest first.
+
+    Those in `again` are measured in any case: a ladder must meet a tolerance at two times in a row.
+    """
+    inside = bench.ask(t, count, held_in=True)
+    outside = bench.ask(t, max(2, count // _HELD_OUT), held_in=False)
+    none = Quantiles(0.0, 0.0, 0.0, 0.0, count)
+    beside = Quantiles(0.0, 0.0, 0.0, 0.0, len(outside.t))
+    found = [Entry(t, EXACT, inside.seconds, none, beside)]
+    met = False
+    for name in order:
+        if met and name not in again:
+            continue
+        way = bench.ways[name]
+        few, _ = bench.errors(way, inside, slice(0, _FEW))
+        if few.median() > _HOPELESS:
+            continue
+        errors, seconds = bench.errors(way, inside, slice(None))
+        held_in = Quantiles.of(errors)
+        held_out = Quantiles.of(bench.errors(way, outside, slice(None))[0])
+        found.append(Entry(t, name, seconds, held_in, held_out))
+        met = met or held_in.upper <= _FINEST
+    return found
+
+
+def _costs(bench: _Bench, t: float) -> tuple[dict[str, float], float]:
+    """Seconds per query of every ladder at one time, and of the exact field; the second of two runs."""
+    x, times = bench.queries(t, _BATCH, held_in=True)
+    ways = bench.ways | {EXACT: bench.exact}
+    for way in ways.values():  # a first call takes memory, reads files and is no measure
+        bench.answer(way, x[:_FEW], times[:_FEW])
+    costs = {name: bench.answer(way, x, times)[1] for name, way in ways.items()}
+    return costs, costs.pop(EXACT)
+
+
+def _cheapest(entries: Sequence[Entry]) -> set[str]:
+    """The cheapest ladder that meets each of some tolerances."""
+    found = set()
+    for tolerance in _TOLERANCES:
+        fit = [entry for entry in entries if entry.ladder != EXACT and entry.held_in.upper <= tolerance]
+        if fit:
+            found.add(min(fit, key=lambda entry: entry.seconds).ladder)
+    return found
+
+
+def _times(collapse: float) -> tuple[float, ...]:
+    """Times to measure, none within 5 % of another."""
+    wanted = {*_TIMES, _LAST, *(round(factor * collapse, 4) for factor in _COLLAPSE)}
+    kept: list[float] = []
+    for t in sorted(t for t in wanted if 0 < t <= _LAST):
+        if not kept or t > 1.05 * kept[-1]:
+            kept.append(t)
+    return tuple(kept)
+
+
+def _thinned(times: Sequence[float], count: int) -> tuple[float, ...]:
+    """`count` of the times, evenly spread, both ends among them."""
+    places = torch.linspace(0, len(times) - 1, max(2, count)).round().long().unique()
+    return tuple(times[place] for place in places.tolist())

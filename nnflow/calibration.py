@@ -1,0 +1,251 @@
+"""What every ladder's error was at every time on this index, and the cheapest that meets a tolerance.
+
+The table is measured (`calibrating`), kept as OUT/calibration.json, and read here: for a time between two
+measured ones a ladder must have met the tolerance at both. What it states is a quantile over the queries of
+the path from noise to data, not a bound for every query.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nnflow.errors import InputError, StoreError
+from nnflow.farfield import NearAndFar
+from nnflow.files import read_json, shown, write_json
+from nnflow.index import NeighbourIndex
+from nnflow.ladder import Ladder
+from nnflow.pixels import PixelRows
+from nnflow.scan import AllImages
+from nnflow.support import Part, Support
+
+FORMAT = "nnflow-calibration-1"
+FILE = "calibration.json"
+EXACT = "exact"
+
+_CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
+_STAY = 1.2  # a ladder is kept from one time to the next until another is this much cheaper
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Relative velocity errors of `queries` queries.
+
+    Attributes:
+        p50: median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+        upper: the order statistic that is no smaller than the true 99th percentile with 90 % confidence;
+            the largest where there are fewer than 230 queries.
+        queries: how many.
+    """
+
+    p50: float
+    p90: float
+    p99: float
+    upper: float
+    queries: int
+
+    @classmethod
+    def of(cls, errors: Float[Tensor, " q"]) -> "Quantiles":
+        """The quantiles of some errors."""
+        values = errors.double().sort().values
+        p50, p90, p99 = values.quantile(values.new_tensor([0.5, 0.9, 0.99])).tolist()
+        count = len(values)
+        above, chance = 0, 0.99**count  # of no more than `above` queries beyond the true percentile
+        while True:
+            more = chance + math.comb(count, above + 1) * 0.01 ** (above + 1) * 0.99 ** (count - above - 1)
+            if more > 1 - _CONFIDENCE or above + 1 >= count:
+                break
+            above, chance = above + 1, more
+        return cls(p50, p90, p99, values[count - 1 - above].item(), count)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ladder at one time: seconds per query, errors on images of the store and on others."""
+
+    t: float
+    ladder: str
+    seconds: float
+    held_in: Quantiles
+    held_out: Quantiles | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The table, and of which index it speaks.
+
+    Attributes:
+        entries: by time, then in the order measured.
+        index: what names the index: its store and embedding.
+        about: how it was measured: seed, batch, threads, versions.
+    """
+
+    entries: tuple[Entry, ...]
+    index: str
+    about: dict[str, Any]
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Measured times, ascending."""
+        return tuple(sorted({entry.t for entry in self.entries}))
+
+    def plan(self, tolerance: float) -> "Plan":
+        """The cheapest ladder for each stretch of time, by the errors on images of the store.
+
+        Raises:
+            InputError: a tolerance that is not a positive number.
+        """
+        if not tolerance > 0:
+            raise InputError(f"tolerance = {tolerance:g}: wanted a positive relative error such as 0.01")
+        times = self.times
+        stretches = [(times[0],), *pairwise(times), (times[-1],)]
+        chosen: list[tuple[str, float]] = []
+        for ends in stretches:
+            fit = self._fitting(ends, tolerance)
+            ladder = min(fit, key=lambda name: fit[name][0])
+            if chosen and chosen[-1][0] in fit and fit[chosen[-1][0]][0] < _STAY * fit[ladder][0]:
+                ladder = chosen[-1][0]
+            chosen.append((ladder, fit[ladder][1]))
+        return Plan(times, tuple(name for name, _ in chosen), tuple(error for _, error in chosen))
+
+    def _fitting(self, ends: Sequence[float], tolerance: float) -> dict[str, tuple[float, float]]:
+        """Ladders that meet the tolerance at all `ends`: their mean seconds and largest p99."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            if entry.t in ends and (entry.ladder == EXACT or entry.held_in.upper <= tolerance):
+                found.setdefault(entry.ladder, []).append(entry)
+        return {
+            name: (
+                sum(entry.seconds for entry in some) / len(some),
+                max(entry.held_in.p99 for entry in some),
+            )
+            for name, some in found.items()
+            if len(some) == len(ends)
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes the table as JSON."""
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "index": self.index,
+                "about": self.about,
+                "entries": [asdict(entry) for entry in self.entries],
+            },
+        )
+
+    @classmethod
+    def open(cls, index: NeighbourIndex) -> "Calibration":
+        """The calibration in an index's folder.
+
+        Raises:
+            StoreError: none there, not readable, or of another index.
+        """
+        path = index.folder / FILE
+        again = f"run: nnflow calibrate {shown(index.folder)}"
+        if not path.exists():
+            raise StoreError(f"{shown(path)}: this index has not been calibrated; {again}")
+        values = read_json(path, "a calibration")
+        if values.get("format") != FORMAT:
+            raise StoreError(f"{shown(path)}: format {shown(values.get('format'))}, wanted {FORMAT}; {again}")
+        if values.get("index") != name_of(index):
+            raise StoreError(f"{shown(path)}: measured on another index; {again}")
+        try:
+            entries = tuple(_entry(value) for value in values["entries"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{shown(path)}: not a table of errors ({shown(error)}); {again}") from error
+        known = {entry.t for entry in entries if entry.ladder == EXACT}
+        if not known or known != {entry.t for entry in entries}:
+            raise StoreError(f"{shown(path)}: a time without the exact field, or none at all; {again}")
+        return cls(entries, values["index"], dict(values.get("about", {})))
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    outside = value["held_out"]
+    return Entry(
+        float(value["t"]),
+        str(value["ladder"]),
+        float(value["seconds"]),
+        Quantiles(**value["held_in"]),
+        None if outside is None else Quantiles(**outside),
+    )
+
+
+def name_of(index: NeighbourIndex) -> str:
+    """What tells one index from another: its images and its embedding."""
+    return f"{index.store.fingerprint} {index.manifest['embedding']}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which ladder answers when: `ladders[0]` before `times[0]`, `ladders[i]` from `times[i - 1]` on.
+
+    `errors` are the 99th percentiles that were measured for them there.
+    """
+
+    times: tuple[float, ...]
+    ladders: tuple[str, ...]
+    errors: tuple[float, ...]
+
+
+class Calibrated(Support):
+    """Each query by the ladder that a plan names for its time."""
+
+    def __init__(self, rows: PixelRows, plan: Plan, ways: Mapping[str, Support], *, budget: int) -> None:
+        super().__init__(rows, budget=budget)
+        self.plan, self.ways = plan, ways
+        self._edges = torch.tensor(plan.times, device=rows.device)
+
+    @classmethod
+    def within(cls, tolerance: float, index: NeighbourIndex, rows: PixelRows, *, budget: int) -> "Calibrated":
+        """The cheapest that the calibration of `index` allows.
+
+        Raises:
+            StoreError: the index has not been calibrated.
+        """
+        plan = Calibration.open(index).plan(tolerance)
+        ways = {name: support_of(name, index, rows, budget) for name in set(plan.ladders)}
+        return cls(rows, plan, ways, budget=budget)
+
+    def without_far(self) -> "Calibrated":
+        """The same images in pixels, and nothing of the others."""
+        ways = {name: way.without_far() for name, way in self.ways.items()}
+        return Calibrated(self.rows, self.plan, ways, budget=self.budget)
+
+    def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """As any of the ways it takes."""
+        return next(iter(self.ways.values())).reach(mean)
+
+    def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
+        """The sum for queries `x` at times `t`, those of one ladder together."""
+        stretch = torch.bucketize(t, self._edges, right=True).tolist()
+        names = [self.plan.ladders[place] for place in stretch]
+        parts, rows = [], []
+        for name in dict.fromkeys(names):
+            mine = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+            parts.append(self.ways[name].part(x[mine], t[mine], images))
+            rows.append(mine)
+        joined = Part.joined(parts, rows)
+        errors = torch.tensor([self.plan.errors[place] for place in stretch], device=x.device)
+        exact = joined.errors == 0
+        return joined.with_errors(errors.double().masked_fill(exact, 0.0))
+
+
+def support_of(name: str, index: NeighbourIndex, rows: PixelRows, budget: int) -> Support:
+    """The way to sum that a calibration calls `name`.
+
+    Raises:
+        InputError: no such name.
+    """
+    if name == EXACT:
+        return AllImages(rows, budget=budget)
+    return NearAndFar(index, rows, ladder=Ladder.parse(name), budget=budget)

@@ -1,0 +1,306 @@
+"""From which time on a pair (x0, x1) has u* = x1 - x0: one time for every stored image.
+
+On the path to image i, image j at distance d_j keeps a weight whose square root has the mean
+exp(-sigma_j^2 / 8), sigma_j = t d_j / (1-t). Summed over j, with how far each can move the mean,
+
+    B_i(t) = sum_j sqrt(d_j / eta) 4 / (sqrt(2 pi) sigma_j) exp(-sigma_j^2 / 8)               (18)
+    eta = tolerance sqrt(D) (1-t)
+
+bounds the probability, over the noise x0, that u* differs from x1 - x0 by more than `tolerance` times
+sqrt(D), the length of the noise (docs/field.md, section 13, whose equation number this is). It falls with
+t; image i settles where it reaches `risk`. An image with a near-duplicate settles late.
+
+The j are all other images and all mirror images, so that one time serves fields with and without mirror
+images and of one class. Distances are those of the coordinates, which are no longer than those of the
+pixels: the bound stays one. Pairs too close for bfloat16 are measured in pixels.
+
+Axes:  n images   b images of a block   B = 2b, they and their mirror images   R coordinates   D = C*H*W
+"""
+
+import math
+import time
+import warnings
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from nnflow.coordinates import bfloat16_is_fast
+from nnflow.errors import DegradedWarning, InputError, StoreError
+from nnflow.files import shown, whole_file
+from nnflow.index import NeighbourIndex
+from nnflow.memory import DEFAULT_BUDGET, rows_within
+from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.store import ImageStore
+
+SETTLING = "settling.npz"
+FORMAT = "nnflow-settling-1"
+
+_BLOCK = 64  # images, hence 128 queries; twice as many are no faster at n = 50,000
+_TILE = 1 << 14  # rows made float32 at a time where products of bfloat16 are slow
+_CELLS = 6_400_000  # terms summed at once: their float32 copy stays in memory that malloc reuses
+_TIMED = 4  # blocks after which the rest of the time is foreseen
+# bfloat16 moves a coordinate by 2^-9 of itself: too much (8 % of d^2) for pairs closer than this share of the
+# image's own length, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
+_CLOSE = 1 / 8
+_CLOSEST = 0.1
+_CROWD = 32  # images with more others that close never settle
+_HALVINGS = 26  # of [0, 1]: below float32's spacing near 1
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What is known of the distances d_j from each of b images to the others, L(c) = sum_j exp(-c d_j^2).
+
+    Attributes:
+        nearest: no d_j is less, `close` aside; 0 for a crowd.
+        scale: a c.
+        once: upper bound on log L(scale).
+        twice: upper bound on log L(2 scale).
+        close: the d_j measured in pixels, which are not in the sums; inf for none.
+    """
+
+    nearest: Float[Tensor, " b"]
+    scale: Float[Tensor, " b"]
+    once: Float[Tensor, " b"]
+    twice: Float[Tensor, " b"]
+    close: Float[Tensor, "b K"]
+
+    @classmethod
+    def joined(cls, parts: list["_Others"]) -> "_Others":
+        """Those of several blocks."""
+        width = max(part.close.shape[1] for part in parts)
+        return cls(
+            torch.cat([part.nearest for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.once for part in parts]),
+            torch.cat([part.twice for part in parts]),
+            torch.cat([pad(part.close, (0, width - part.close.shape[1]), value=torch.inf) for part in parts]),
+        )
+
+    def log_sum(self, c: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Upper bound on log L(c) over all d_j, falling with c; inf for c below `scale`.
+
+        log L is convex: the chord lies above it between scale and 2 scale; beyond, no term falls more
+        slowly than that of the nearest.
+        """
+        share = c / self.scale - 1
+        inside = share.clamp_max(1)
+        bound = (1 - inside) * self.once + inside * self.twice
+        bound -= (c - 2 * self.scale).clamp_min(0) * self.nearest.square()
+        bound = bound.masked_fill(share < 0, torch.inf)
+        measured = -c[:, None] * self.close.square()
+        return torch.cat([bound[:, None], measured], 1).logsumexp(1)
+
+
+def settling_times(
+    index: NeighbourIndex,
+    *,
+    risk: float = 0.01,
+    tolerance: float = 0.01,
+    memory: int = DEFAULT_BUDGET,
+    seconds: float = 600.0,
+    progress: bool = False,
+) -> Float[Tensor, " n"] | None:
+    """Times in (0, 1] from which on x1 - x0 stands for u*, one for each stored image; 1 for never.
+
+    Compares every image with every other and its mirror image, 2 n^2 distances.
+
+    Args:
+        index: the images and their coordinates.
+        risk: at any time from its settling time on, no larger share of an image's pairs has a u* that
+            differs by more than `tolerance`.
+        tolerance: of x1 - x0, in units of sqrt(D), the length of the noise.
+        memory: working memory in bytes.
+        seconds: nothing is computed that would take longer.
+        progress: show a bar on stderr.
+
+    Returns:
+        float32 times; None, with a `DegradedWarning`, where they would take too long.
+
+    Raises:
+        InputError: a risk outside (0, 1), a tolerance not above 0, too small a memory budget.
+    """
+    if not 0 < risk < 1 or not tolerance > 0:
+        raise InputError(f"risk {risk:g}, tolerance {tolerance:g}: wanted in (0, 1), and above 0")
+    crowd = _Crowd(index, max(1.0, -math.log(risk)))
+    step = rows_within(memory, 16 * len(index) + 32 * crowd.rows.dim, at_most=_BLOCK, what="distances")
+    starts, found, began = range(0, len(index), step), [], time.perf_counter()
+    for start in tqdm(starts, "settling", disable=not progress, unit="block"):
+        found.append(crowd.others(start, min(start + step, len(index))))
+        wanted = (time.perf_counter() - began) * len(starts) / len(found)
+        if len(found) == _TIMED and wanted > seconds:
+            warnings.warn(
+                f"settling times of {len(index)} images would take {wanted:.0f} s, more than {seconds:g} s: "
+                "none computed, and targets ask the field at every time; allow more seconds",
+                DegradedWarning,
+                stacklevel=2,
+            )
+            return None
+    return _times(_Others.joined(found), tolerance * math.sqrt(crowd.rows.dim), risk)
+
+
+def _times(others: _Others, reach: float, risk: float) -> Float[Tensor, " b"]:
+    """Where eq. 18 reaches `risk`, rounded up; eta = reach (1-t). Bisection, as the bound falls with t."""
+    nearest = torch.cat([others.nearest[:, None], others.close], 1).amin(1)
+    low, high = torch.zeros_like(nearest), torch.ones_like(nearest)
+    for _ in range(_HALVINGS):
+        t = (low + high) / 2
+        snr = t / (1 - t)
+        # sqrt(d_j) / sigma_j is 1 / (snr sqrt(d_j)), largest for the nearest
+        log_first = 0.5 * math.log(8 / math.pi) - snr.log() - 0.5 * (reach * (1 - t) * nearest).log()
+        settled = log_first + others.log_sum(snr.square() / 8) <= math.log(risk)
+        low, high = torch.where(settled, low, t), torch.where(settled, t, high)
+    times = high.float()
+    return torch.where(times < high, times.nextafter(torch.ones(())), times)
+
+
+class _Crowd:
+    """All images and their mirror images, as each image sees them."""
+
+    def __init__(self, index: NeighbourIndex, fall: float) -> None:
+        self.coordinates = index.coordinates
+        self.rows = PixelRows(index.store.pixels)
+        self.shape = index.store.shape[1:]
+        self.fall = fall  # of the nearest's term in L(scale): exp(-fall)
+
+    def others(self, start: int, stop: int) -> _Others:
+        """The distances of images `start` to `stop`."""
+        z = self._coordinates(start, stop)
+        length = z.norm(dim=1).view(2, -1).amax(0)
+        exponents = self._exponents(z)
+        own = torch.arange(stop - start)  # would be found to be a copy, image by image
+        exponents[own, own + start] = -torch.inf
+        peak = exponents.amax(1)
+        close, crowded = self._take_close(exponents, peak, (_CLOSE * length).clamp_min(_CLOSEST), start)
+        # Where there is no other, an impossible distance: no two images are further apart than 2 sqrt(D).
+        square = (-2 * peak.float()).clamp_max(4 * self.rows.dim).view(2, -1).amin(0)
+        factor = (2 * self.fall / square).bfloat16()
+        terms = exponents.mul_(factor.repeat(2)[:, None]).exp_()
+        kept = 1 - _rounding(length / square.sqrt()).double()
+        return _Others(
+            nearest=(square.double() * kept).sqrt().masked_fill(crowded, 0.0),
+            scale=0.5 * factor.double() / kept,
+            # each term is rounded to 2^-9 of itself, its square to 2^-8 and 2^-9
+            once=_log_sums(terms) + 2**-7,
+            twice=_log_sums(terms.square_()) + 2**-6,
+            close=close,
+        )
+
+    def _coordinates(self, start: int, stop: int) -> Float[Tensor, "B R"]:
+        """Those of the images, then those of their mirror images, rounded to bfloat16."""
+        plain = self.coordinates.values(self.coordinates.rows[start:stop].float())
+        images = self.rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
+        mirrored = self.coordinates.embedding.project(self._mirror(images))
+        return torch.cat([plain, mirrored.bfloat16().float()])
+
+    def _exponents(self, z: Float[Tensor, "B R"]) -> BFloat16[Tensor, "B n"]:
+        """-|z - z_j|^2 / 2 for every image j: the logits of a query at t = 1/2 that holds no noise."""
+        half = torch.full((len(z),), 0.5)
+        query = self.coordinates.query(0.5 * z, half, 0.5 * z.double().square().sum(1))
+        if bfloat16_is_fast("cpu"):
+            return query @ self.coordinates.rows.T
+        tiles = self.coordinates.rows.split(_TILE)
+        return torch.cat([(query.float() @ tile.float().T).bfloat16() for tile in tiles], 1)
+
+    def _take_close(
+        self,
+        exponents: BFloat16[Tensor, "B n"],
+        peak: BFloat16[Tensor, " B"],
+        within: Float[Tensor, " b"],
+        start: int,
+    ) -> tuple[Float[Tensor, "b K"], Bool[Tensor, " b"]]:
+        """Takes pairs nearer than `within` out of `exponents`, mends `peak`, and measures them in pixels.
+
+        Returns:
+            the distances, inf for none; and which images have too many, whose distances are not measured.
+        """
+        count, limit = len(within), -0.5 * within.repeat(2).square()
+        found = (peak > limit).nonzero()[:, 0]
+        some = exponents[found]
+        near = some > limit[found, None]
+        exponents[found] = some.masked_fill_(near, -torch.inf)
+        peak[found] = some.amax(1)
+        image, mirrored = found % count, found >= count
+        crowded = torch.zeros(count).index_add_(0, image, near.sum(1).float()) > _CROWD
+        row, other = (near & ~crowded[image, None]).nonzero().unbind(1)
+        distances = self._in_pixels(start + image[row], other, mirrored[row])
+        close = torch.full((2 * count, _CROWD), torch.inf, dtype=torch.float64)
+        # A copy is the same image: it does not move the mean.
+        place = torch.arange(len(row)) - torch.searchsorted(row, row)
+        close[found[row], place] = distances.masked_fill(distances == 0, torch.inf)
+        close = torch.cat(close.chunk(2), 1)
+        return close[:, close.isfinite().any(0)], crowded
+
+    def _in_pixels(
+        self, ids: Int[Tensor, " m"], others: Int[Tensor, " m"], mirrored: Bool[Tensor, " m"]
+    ) -> Float[Tensor, " m"]:
+        """Distances between images, the first of each pair mirrored or not: 0 for copies, exactly."""
+        found = [torch.empty(0, dtype=torch.float64)]
+        for one, other, swap in zip(
+            ids.split(_BLOCK), others.split(_BLOCK), mirrored.split(_BLOCK), strict=True
+        ):
+            mine = self.rows.gather(one).float()
+            mine[swap] = self._mirror(mine[swap])
+            squares = mine.sub_(self.rows.gather(other)).square_().sum(1, dtype=torch.float64)
+            found.append(squares.sqrt() / HALF_RANGE)
+        return torch.cat(found)
+
+    def _mirror(self, x: Float[Tensor, "m D"]) -> Float[Tensor, "m D"]:
+        return x.view(len(x), *self.shape).flip(-1).flatten(1)
+
+
+def _log_sums(terms: BFloat16[Tensor, "B n"]) -> Float[Tensor, " b"]:
+    """Logarithms of the sums over the images and the mirror images, float64."""
+    pieces = terms.split(max(1, _CELLS // terms.shape[1]))
+    sums = torch.cat([some.sum(1, dtype=torch.float32) for some in pieces])
+    return sums.double().view(2, -1).sum(0).clamp_min(1e-38).log()
+
+
+def _rounding(ratio: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """How much too large bfloat16 can make a squared distance, relative; `ratio` is |z| / distance.
+
+    |z_j| <= |z| + d. Each coordinate is off by 2^-9 of itself, so the distance by 2^-9 (|z| + |z_j|); the
+    products, in float32, by what is left of the 16 bits of norms, 2^-17 (|z| + |z_j|)^2, and their own
+    rounding, about as much; the results by 2^-9, and 2^-9 again when they are scaled.
+    """
+    both = 2 * ratio + 1
+    return 2**-8 * both + 2**-16 * both.square() + 2**-8
+
+
+def write_settling(store: ImageStore, times: Float[Tensor, " n"]) -> None:
+    """Keeps the settling times of all images of `store` in its folder.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    with whole_file(store.folder / SETTLING) as partial, partial.open("wb") as file:
+        np.savez(file, format=FORMAT, store=store.fingerprint, times=times.numpy())
+
+
+def read_settling(store: ImageStore) -> Float[Tensor, " n"] | None:
+    """What `write_settling` kept; None where nothing is.
+
+    Raises:
+        StoreError: not readable, of another version, or of other images.
+    """
+    path = store.folder / SETTLING
+    again = f"remove it, or run: nnflow calibrate {shown(store.folder)}"
+    if not path.exists():
+        return None
+    try:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            version, of, times = str(held["format"]), str(held["store"]), held["times"]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{shown(path)}: not readable settling times ({shown(error)}); {again}") from error
+    if version != FORMAT:
+        raise StoreError(f"{shown(path)}: format {shown(version)}, wanted {FORMAT}; {again}")
+    if of != store.fingerprint or times.shape != (len(store),) or times.dtype != np.float32:
+        raise StoreError(f"{shown(path)}: settling times of other images; {again}")
+    return torch.from_numpy(times)

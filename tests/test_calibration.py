@@ -1,0 +1,276 @@
+"""The table of errors, the choice it allows, and its measurement: against errors taken by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract import all_images, oracle, queries
+from refusals import refused
+from stores import store_of
+from test_farfield import smooth
+from torch import Tensor
+
+from nnflow import calibrating as measuring
+from nnflow.calibrating import calibrate
+from nnflow.calibration import Calibration, Entry, Quantiles
+from nnflow.errors import InputError, StoreError
+from nnflow.index import NeighbourIndex
+from nnflow.velocity import EmpiricalVelocity
+
+NONE = Quantiles(0.0, 0.0, 0.0, 0.0, 256)
+
+
+def errors(p99: float) -> Quantiles:
+    return Quantiles(p99 / 3, p99 / 2, p99, 1.1 * p99, 256)
+
+
+def table(*rows: tuple[float, str, float, float]) -> Calibration:
+    """Entries (t, ladder, seconds, p99); the exact field at 1 s everywhere."""
+    entries = [Entry(t, name, seconds, errors(p99), None) for t, name, seconds, p99 in rows]
+    entries += [Entry(t, "exact", 1.0, NONE, NONE) for t in sorted({row[0] for row in rows})]
+    return Calibration(tuple(entries), "an index", {"seed": 0})
+
+
+class TestPlan:
+    def test_the_cheapest_that_met_the_tolerance_at_both_ends(self) -> None:
+        found = table(
+            (0.1, "64/9", 0.1, 0.005), (0.1, "512/9", 0.4, 0.001),
+            (0.2, "64/9", 0.1, 0.02), (0.2, "512/9", 0.4, 0.004),
+            (0.3, "64/9", 0.1, 0.02), (0.3, "512/9", 0.4, 0.02),
+        ).plan(0.01)  # fmt: skip
+        assert found.times == (0.1, 0.2, 0.3)
+        assert found.ladders == ("64/9", "512/9", "exact", "exact")
+        assert found.errors == (0.005, 0.004, 0.0, 0.0)
+
+    def test_what_counts_is_the_upper_end_of_the_percentile(self) -> None:
+        assert table((0.1, "64/9", 0.1, 0.0095)).plan(0.01).ladders == ("exact", "exact")
+        assert table((0.1, "64/9", 0.1, 0.0090)).plan(0.01).ladders == ("64/9", "64/9")
+
+    def test_a_ladder_stays_until_another_is_much_cheaper(self) -> None:
+        rows = [
+            (0.1, "64/9", 0.30, 0.001), (0.1, "128/9", 0.40, 0.001),
+            (0.2, "64/9", 0.30, 0.001), (0.2, "128/9", 0.27, 0.001),
+            (0.3, "64/9", 0.30, 0.001), (0.3, "128/9", 0.20, 0.001),
+        ]  # fmt: skip
+        assert table(*rows).plan(0.01).ladders == ("64/9", "64/9", "128/9", "128/9")
+
+    def test_a_ladder_measured_at_one_end_only_is_not_taken_between(self) -> None:
+        found = table((0.1, "64/9", 0.1, 0.001), (0.2, "128/9", 0.2, 0.001)).plan(0.01)
+        assert found.ladders == ("64/9", "exact", "128/9")
+
+    @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])
+    def test_no_tolerance(self, tolerance: float) -> None:
+        with refused(InputError, "wanted a positive relative error"):
+            table((0.1, "64/9", 0.1, 0.001)).plan(tolerance)
+
+
+class TestQuantiles:
+    @pytest.mark.parametrize(("count", "above"), [(64, 0), (229, 0), (256, 0), (400, 1), (1000, 5)])
+    def test_the_upper_end_is_the_order_statistic_of_the_binomial(self, count: int, above: int) -> None:
+        """How often fewer than so many of `count` draws exceed the true percentile, by drawing."""
+        values = torch.rand(count, generator=torch.Generator().manual_seed(0))
+        assert Quantiles.of(values).upper == values.double().sort().values[count - 1 - above].item()
+        beyond = (torch.rand(20_000, count, generator=torch.Generator().manual_seed(1)) > 0.99).sum(1)
+        trust = (beyond > above).double().mean().item()
+        assert count < 230 or trust > 0.89
+        assert (beyond > above + 1).double().mean().item() < 0.91, "one more would have done"
+
+    def test_quantiles(self) -> None:
+        found = Quantiles.of(torch.arange(101).float())
+        assert (found.p50, found.p90, found.p99, found.upper, found.queries) == (50, 90, 99, 100, 101)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> NeighbourIndex:
+    store = store_of(smooth(400), tmp_path_factory.mktemp("calibration"))
+    return NeighbourIndex.build(store, store.folder, rank=40)
+
+
+@pytest.fixture(scope="module")
+def measured(index: NeighbourIndex) -> Calibration:
+    """As on a machine where the exact field is dear and a ladder the cheaper the less it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring._Bench, "answer", _priced)
+        patch.setattr(measuring, "_TIMES", (0.02, 0.1, 0.3, 0.6))
+        patch.setattr(measuring, "_COLLAPSE", ())
+        return calibrate(index, queries=256, seed=3)
+
+
+_ANSWER = measuring._Bench.answer
+
+
+def _priced(bench: Any, way: Any, x: Tensor, t: Tensor) -> tuple[Tensor, float]:
+    ladder = getattr(way, "ladder", None)
+    price = 1.0 if ladder is None else sum(rank + keep for rank, keep in ladder.levels) / 1e4
+    return _ANSWER(bench, way, x, t)[0], price
+
+
+def test_errors_are_those_taken_by_hand(index: NeighbourIndex, measured: Calibration) -> None:
+    """Other queries of the same kind, the exact answer in float64: the same quantiles but for chance."""
+    for entry in measured.entries:
+        if entry.ladder == "exact" or entry.held_in.p50 < 1e-4:
+            continue
+        pairs = [tuple(map(int, level.split("/"))) for level in entry.ladder.split(" alone")[0].split()]
+        field = EmpiricalVelocity.near_and_far(index, levels=pairs, device="cpu")  # type: ignore[arg-type]
+        field = field.without_far() if "alone" in entry.ladder else field
+        x, t = queries(index.store, entry.t, seed=9, count=256)
+        wanted = oracle(all_images(index.store), x, t).flatten(1)
+        found = (field(x, t).flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert entry.held_in.p50 == pytest.approx(found.median().item(), rel=0.25)
+        assert entry.held_in.queries == 256
+        assert entry.held_out is not None
+        assert entry.held_out.queries == 64
+    assert len({entry.ladder for entry in measured.entries}) > 5
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.01])
+def test_a_tolerance_is_met_on_other_queries(
+    index: NeighbourIndex, measured: Calibration, tolerance: float
+) -> None:
+    assert Calibration.open(index) == measured
+    field = EmpiricalVelocity.near_and_far(index, tolerance=tolerance, device="cpu")
+    used = set()
+    for time in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.99):
+        x, t = queries(index.store, time, seed=11, count=200)
+        estimate = field.estimate(x, t)
+        wanted = oracle(all_images(index.store), x, t).flatten(1)
+        error = (estimate.velocity.flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert error.quantile(0.98) <= tolerance, f"at {time} by {estimate.ladder[0]}"
+        assert (estimate.error <= tolerance).all()
+        assert (estimate.error > 0).all() or estimate.ladder[0] == "exact" or time > 0.3
+        used |= set(estimate.ladder)
+    assert len(used) > 1
+
+
+def test_a_batch_of_many_times_is_answered_in_its_order(index: NeighbourIndex, measured: Calibration) -> None:
+    field = EmpiricalVelocity.near_and_far(index, tolerance=0.02, device="cpu")
+    asked = [queries(index.store, time, seed=7, count=5) for time in (0.5, 0.01, 0.12, 0.95)]
+    together = field.estimate(torch.cat([x for x, _ in asked]), torch.cat([t for _, t in asked]))
+    apart = [field.estimate(x, t) for x, t in asked]
+    wanted = torch.cat([one.velocity for one in apart])
+    torch.testing.assert_close(together.velocity, wanted, rtol=1e-3, atol=2e-3)
+    assert together.ladder == sum((one.ladder for one in apart), ())
+    torch.testing.assert_close(
+        together.tail_mass, torch.cat([one.tail_mass for one in apart]), rtol=0.02, atol=1e-3
+    )
+    assert torch.equal(together.error, torch.cat([one.error for one in apart]))
+    assert torch.equal(together.candidates, torch.cat([one.candidates for one in apart]))
+
+
+def test_without_far_only_images_in_pixels_are_summed(index: NeighbourIndex, measured: Calibration) -> None:
+    field = EmpiricalVelocity.near_and_far(index, tolerance=0.02, device="cpu").without_far()
+    x, t = queries(index.store, 0.1, count=8)
+    estimate = field.estimate(x, t)
+    images = all_images(index.store)
+    for row, ids in enumerate(estimate.ids):
+        wanted = oracle(images[ids[ids >= 0]], x[row : row + 1], t[:1])
+        torch.testing.assert_close(estimate.velocity[row : row + 1].double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_one_seed_gives_one_set_of_errors(index: NeighbourIndex, measured: Calibration) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring._Bench, "answer", _priced)
+        patch.setattr(measuring, "_TIMES", (0.1,))
+        patch.setattr(measuring, "_COLLAPSE", ())
+        tables = [calibrate(index, queries=40, seed=seed).entries for seed in (0, 0, 1)]
+    measured.save(index.folder / "calibration.json")
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_little_time_means_fewer_times(index: NeighbourIndex, measured: Calibration) -> None:
+    """1 s for one exact answer, as `_priced` says: 10 s are not enough for anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring._Bench, "answer", _priced)
+        found = calibrate(index, seconds=10.0)
+    measured.save(index.folder / "calibration.json")
+    assert len(found.times) == 6
+    assert found.times[0] == 0.005
+    assert found.times[-1] == 0.99
+    assert found.entries[0].held_in.queries == 64
+
+
+def test_a_small_set_is_the_exact_field(tmp_path: Path) -> None:
+    """Nothing to save: every ladder would read all there is."""
+    store = store_of(smooth(6), tmp_path)
+    index = NeighbourIndex.build(store, store.folder, rank=3)
+    found = calibrate(index, queries=4)
+    assert {entry.ladder for entry in found.entries} == {"exact"}
+    x, t = queries(store, 0.3)
+    estimate = EmpiricalVelocity.near_and_far(index, device="cpu").estimate(x, t)
+    assert set(estimate.ladder) == {"exact"}
+    assert (estimate.bound == 0).all()
+
+
+def test_held_out_images_of_another_shape(index: NeighbourIndex, tmp_path: Path) -> None:
+    other = store_of(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), tmp_path)
+    with refused(InputError, r"held-out images of shape \(3, 4, 4\): wanted \(3, 7, 7\)"):
+        calibrate(index, held_out=other)
+    with refused(InputError, "queries = 1"):
+        calibrate(index, queries=1)
+
+
+def test_held_out_images_are_asked_for(index: NeighbourIndex, measured: Calibration, tmp_path: Path) -> None:
+    """Noise is far from all stored images: its errors are those taken by hand, not of mirror images."""
+    generator = torch.Generator().manual_seed(8)
+    noise = torch.randint(0, 256, (30, 3, 7, 7), generator=generator, dtype=torch.uint8)
+    other = store_of(noise, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring._Bench, "answer", _priced)
+        patch.setattr(measuring, "_TIMES", (0.1,))
+        patch.setattr(measuring, "_COLLAPSE", ())
+        mirrored, found = calibrate(index, queries=256), calibrate(index, queries=256, held_out=other)
+    measured.save(index.folder / "calibration.json")
+    assert found.about["held_out"] == other.fingerprint
+    x, t = queries(other, 0.1, count=128)
+    wanted = oracle(all_images(index.store), x, t).flatten(1)
+    for ours, theirs in zip(found.entries, mirrored.entries, strict=True):
+        assert ours.held_in == theirs.held_in
+        if ours.ladder == "64/30":
+            field = EmpiricalVelocity.near_and_far(index, k=30, rank=64, device="cpu")
+            by_hand = ((field(x, t).flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1)).median().item()
+            assert ours.held_out is not None
+            assert ours.held_out != theirs.held_out
+            assert ours.held_out.p50 == pytest.approx(by_hand, rel=0.2)
+            return
+    raise AssertionError("64/30 was not measured")
+
+
+class TestFile:
+    @pytest.fixture
+    def file(self, index: NeighbourIndex, measured: Calibration) -> Any:
+        path = index.folder / "calibration.json"
+        measured.save(path)
+        yield path
+        measured.save(path)
+
+    def test_what_was_saved_is_read(self, index: NeighbourIndex, measured: Calibration, file: Path) -> None:
+        assert Calibration.open(index) == measured
+
+    def test_none(self, index: NeighbourIndex, file: Path) -> None:
+        file.unlink()
+        with refused(StoreError, "has not been calibrated; run: nnflow calibrate"):
+            EmpiricalVelocity.near_and_far(index, device="cpu")
+
+    def test_of_another_index(self, index: NeighbourIndex, measured: Calibration, file: Path) -> None:
+        replace(measured, index="another").save(file)
+        with refused(StoreError, "measured on another index; run: nnflow calibrate"):
+            Calibration.open(index)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"format": "nnflow-calibration-0"}, "wanted nnflow-calibration-1"),
+            ({"entries": [{"t": 0.1}]}, "not a table"),
+            ({"entries": 3}, "not a table"),
+            ({"entries": []}, "a time without the exact field"),
+        ],
+    )
+    def test_what_is_no_table(
+        self, index: NeighbourIndex, file: Path, change: dict[str, Any], match: str
+    ) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with refused(StoreError, f"{match}.*run: nnflow calibrate"):
+            Calibration.open(index)
