@@ -1,6 +1,6 @@
 """From which time on a pair (x0, x1) has u* = x1 - x0: one time for every stored image.
 
-On the path to image i, image j at distance d_j keeps a weight whose square root has the mean
+On the path to image i, image j at distance d_j has a weight whose square root is on average at most
 exp(-sigma_j^2 / 8), sigma_j = t d_j / (1-t). Summed over j, with how far each can move the mean,
 
     B_i(t) = sum_j sqrt(d_j / eta) 4 / (sqrt(2 pi) sigma_j) exp(-sigma_j^2 / 8)               (18)
@@ -45,7 +45,7 @@ _BLOCK = 64  # images, hence 128 queries; twice as many are no faster at n = 50,
 _TILE = 1 << 14  # rows made float32 at a time where products of bfloat16 are slow
 _CELLS = 6_400_000  # terms summed at once: their float32 copy stays in memory that malloc reuses
 _TIMED = 4  # blocks after which the rest of the time is foreseen
-# bfloat16 moves a coordinate by 2^-9 of itself: too much (8 % of d^2) for pairs closer than this share of the
+# bfloat16 moves a coordinate by 2^-9 of itself: too much (7 % of d^2) for pairs closer than this share of the
 # image's own length, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
 _CLOSE = 1 / 8
 _CLOSEST = 0.1
