@@ -7,7 +7,7 @@ others (held out: natural images that the store does not hold) or to images of a
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ LADDERS = (
     *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
     *("512/100", "512/300", "64/3000 512/100", "128/3000 512/100", "128/10000 512/300", "512/1000"),
 )
+# Measured at every time: one ladder that serves two stretches saves a batch a call.
+_ALWAYS = {"64/30", "512/100", "128/100 alone", "512/100 alone"}
 # Times are measured at these, and at these multiples of the estimated collapse time, around which
 # the error of most ladders is largest.
 _TIMES = (
@@ -109,12 +111,13 @@ class _Bench:
         return (mean - asked.mean[rows]).norm(dim=1) / asked.size[rows], seconds
 
     def answer(self, way: Support, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "q D"], float]:
-        """Means at some queries, in batches, and the median batch's seconds per query."""
+        """Means at some queries, in batches, and the median whole batch's seconds per query."""
         means, seconds = [], []
         for some, times in zip(x.split(_BATCH), t.split(_BATCH), strict=True):
             began = time.perf_counter()
             means.append(way.part(some, times, self.images).weighted.mean)
-            seconds.append((time.perf_counter() - began) / len(some))
+            if len(some) == min(_BATCH, len(x)):  # the last few of many cost more each
+                seconds.append((time.perf_counter() - began) / len(some))
         return torch.cat(means), statistics.median(seconds)
 
 
@@ -158,17 +161,18 @@ def calibrate(
         )
     bench = _Bench(index, held_out, memory, seed)
     times = _times(float(index.manifest["collapse_time"]))
-    costs, whole = _costs(bench, times[len(times) // 2])
-    per_query = (1 + 1 / _HELD_OUT) * (whole + sum(costs.values()))
+    costs, calls = _costs(bench, times[len(times) // 2])
+    # About half of the ladders are measured at a time; the others are hopeless there, or not needed.
+    per_query = (1 + 1 / _HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
     affordable = int(seconds / (per_query * len(times)))
-    count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable))
+    count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable // _BATCH * _BATCH))
     if queries is None and affordable < _LEAST_QUERIES:
         times = _thinned(times, max(6, len(times) * affordable // _LEAST_QUERIES))
-    order = sorted(costs, key=costs.__getitem__)
+    order = sorted(bench.ways, key=costs.__getitem__)
     entries: list[Entry] = []
     again: set[str] = set()
     for t in tqdm(times, "calibrating", disable=not progress, unit="time"):
-        found = _at(bench, t, count, order, again)
+        found = _at(bench, t, count, order, again, calls)
         again = _cheapest(found)
         entries.extend(found)
     about = {
@@ -180,24 +184,31 @@ def calibrate(
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
     }
-    table = Calibration(tuple(entries), name_of(index), about)
+    table = Calibration(tuple(entries), name_of(index), calls, about)
     table.save(index.folder / FILE)
     return table
 
 
-def _at(bench: _Bench, t: float, count: int, order: Sequence[str], again: set[str]) -> list[Entry]:
+def _at(
+    bench: _Bench,
+    t: float,
+    count: int,
+    order: Sequence[str],
+    again: set[str],
+    calls: Mapping[str, float],
+) -> list[Entry]:
     """The exact field and the ladders worth measuring at one time, in `order`, cheapest first.
 
-    Those in `again` are measured in any case: a ladder must meet a tolerance at two times in a row.
+    Those in `again` are measured in any case, for a ladder must meet a tolerance at two times in a row.
     """
     inside = bench.ask(t, count, held_in=True)
     outside = bench.ask(t, max(2, count // _HELD_OUT), held_in=False)
     none = Quantiles(0.0, 0.0, 0.0, 0.0, count)
     beside = Quantiles(0.0, 0.0, 0.0, 0.0, len(outside.t))
-    found = [Entry(t, EXACT, inside.seconds, none, beside)]
+    found = [Entry(t, EXACT, max(0.0, inside.seconds - calls[EXACT] / _BATCH), none, beside)]
     met = False
     for name in order:
-        if met and name not in again:
+        if met and name not in again | _ALWAYS:
             continue
         way = bench.ways[name]
         few, _ = bench.errors(way, inside, slice(0, _FEW))
@@ -206,19 +217,25 @@ def _at(bench: _Bench, t: float, count: int, order: Sequence[str], again: set[st
         errors, seconds = bench.errors(way, inside, slice(None))
         held_in = Quantiles.of(errors)
         held_out = Quantiles.of(bench.errors(way, outside, slice(None))[0])
-        found.append(Entry(t, name, seconds, held_in, held_out))
+        found.append(Entry(t, name, max(0.0, seconds - calls[name] / _BATCH), held_in, held_out))
         met = met or held_in.upper <= _FINEST
     return found
 
 
-def _costs(bench: _Bench, t: float) -> tuple[dict[str, float], float]:
-    """Seconds per query of every ladder at one time, and of the exact field; the second of two runs."""
+def _costs(bench: _Bench, t: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds per query of every ladder and the exact field at one time, and seconds per call beside."""
     x, times = bench.queries(t, _BATCH, held_in=True)
     ways = bench.ways | {EXACT: bench.exact}
-    for way in ways.values():  # a first call takes memory, reads files and is no measure
-        bench.answer(way, x[:_FEW], times[:_FEW])
-    costs = {name: bench.answer(way, x, times)[1] for name, way in ways.items()}
-    return costs, costs.pop(EXACT)
+    # In turn, so that each call finds the caches as the one of another ladder has left them; the first
+    # round takes memory and reads files, and is no measure.
+    rounds = [{name: bench.answer(way, x[:2], times[:2])[1] for name, way in ways.items()} for _ in range(4)]
+    costs, calls = {}, {}
+    for name, way in ways.items():
+        few = statistics.median(turn[name] for turn in rounds[1:])
+        costs[name] = bench.answer(way, x, times)[1]
+        # T(q) = call + q m, from T(2) and T(64)
+        calls[name] = max(0.0, 2 * _BATCH * (few - costs[name]) / (_BATCH - 2))
+    return costs, calls
 
 
 def _cheapest(entries: Sequence[Entry]) -> set[str]:

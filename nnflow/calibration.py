@@ -6,7 +6,7 @@ the path from noise to data, not a bound for every query.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ FILE = "calibration.json"
 EXACT = "exact"
 
 _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
-_STAY = 1.2  # a ladder is kept from one time to the next until another is this much cheaper
+BATCH = 128  # queries at uniform times whose cost a plan makes small: a usual training batch
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Entry:
-    """One ladder at one time: seconds per query, errors on images of the store and on others."""
+    """One ladder at one time: seconds per query beside the call, errors on stored and on other images."""
 
     t: float
     ladder: str
@@ -85,11 +85,13 @@ class Calibration:
     Attributes:
         entries: by time, then in the order measured.
         index: what names the index: its store and embedding.
+        calls: seconds that a call of each ladder takes however few its queries.
         about: how it was measured: seed, batch, threads, versions.
     """
 
     entries: tuple[Entry, ...]
     index: str
+    calls: dict[str, float]
     about: dict[str, Any]
 
     @property
@@ -98,7 +100,10 @@ class Calibration:
         return tuple(sorted({entry.t for entry in self.entries}))
 
     def plan(self, tolerance: float) -> "Plan":
-        """The cheapest ladder for each stretch of time, by the errors on images of the store.
+        """Ladders that met the tolerance, by their errors on images of the store, as cheap as can be.
+
+        Cheap for 128 queries at uniform times: each ladder that such a batch is divided among costs a call
+        of its own, so one that is a little dearer per query may serve more of the time.
 
         Raises:
             InputError: a tolerance that is not a positive number.
@@ -106,18 +111,19 @@ class Calibration:
         if not tolerance > 0:
             raise InputError(f"tolerance = {tolerance:g}: wanted a positive relative error such as 0.01")
         times = self.times
-        stretches = [(times[0],), *pairwise(times), (times[-1],)]
-        chosen: list[tuple[str, float]] = []
-        for ends in stretches:
-            fit = self._fitting(ends, tolerance)
-            ladder = min(fit, key=lambda name: fit[name][0])
-            if chosen and chosen[-1][0] in fit and fit[chosen[-1][0]][0] < _STAY * fit[ladder][0]:
-                ladder = chosen[-1][0]
-            chosen.append((ladder, fit[ladder][1]))
-        return Plan(times, tuple(name for name, _ in chosen), tuple(error for _, error in chosen))
+        ends = [(times[0],), *pairwise(times), (times[-1],)]
+        widths = [times[0], *(later - earlier for earlier, later in pairwise(times)), 1 - times[-1]]
+        fits = [self._fitting(some, tolerance) for some in ends]
+        costs = [
+            {name: BATCH * width * seconds for name, (seconds, _) in fit.items()}
+            for width, fit in zip(widths, fits, strict=True)
+        ]
+        chosen = _divided(costs, self.calls)
+        errors = tuple(fit[name][1] for name, fit in zip(chosen, fits, strict=True))
+        return Plan(times, chosen, errors)
 
     def _fitting(self, ends: Sequence[float], tolerance: float) -> dict[str, tuple[float, float]]:
-        """Ladders that meet the tolerance at all `ends`: their mean seconds and largest p99."""
+        """Ladders that meet the tolerance at all `ends`: seconds per query beside the call, largest p99."""
         found: dict[str, list[Entry]] = {}
         for entry in self.entries:
             if entry.t in ends and (entry.ladder == EXACT or entry.held_in.upper <= tolerance):
@@ -131,6 +137,10 @@ class Calibration:
             if len(some) == len(ends)
         }
 
+    def call(self, ladders: Iterable[str]) -> float:
+        """Seconds per query of a batch that is divided among `ladders`, beside those of its queries."""
+        return sum(self.calls.get(name, 0.0) for name in set(ladders)) / BATCH
+
     def save(self, path: Path) -> None:
         """Writes the table as JSON."""
         write_json(
@@ -138,6 +148,7 @@ class Calibration:
             {
                 "format": FORMAT,
                 "index": self.index,
+                "calls": self.calls,
                 "about": self.about,
                 "entries": [asdict(entry) for entry in self.entries],
             },
@@ -161,12 +172,36 @@ class Calibration:
             raise StoreError(f"{shown(path)}: measured on another index; {again}")
         try:
             entries = tuple(_entry(value) for value in values["entries"])
-        except (KeyError, TypeError, ValueError) as error:
+            calls = {str(name): float(seconds) for name, seconds in values["calls"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{shown(path)}: not a table of errors ({shown(error)}); {again}") from error
         known = {entry.t for entry in entries if entry.ladder == EXACT}
         if not known or known != {entry.t for entry in entries}:
             raise StoreError(f"{shown(path)}: a time without the exact field, or none at all; {again}")
-        return cls(entries, values["index"], dict(values.get("about", {})))
+        return cls(entries, values["index"], calls, dict(values.get("about", {})))
+
+
+def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
+    """One of the names of each of `costs`, of small sum with the `calls` of all names used.
+
+    From the cheapest of each, names are given up one by one while that makes the whole cheaper: the
+    best of all divisions is one of many thousands, and this is at most a few per cent from it.
+    """
+
+    def cheapest(names: set[str]) -> tuple[tuple[str, ...], float]:
+        chosen = tuple(min(set(cost) & names, key=lambda name: cost[name]) for cost in costs)
+        whole = sum(cost[name] for cost, name in zip(costs, chosen, strict=True))
+        return chosen, whole + sum(calls.get(name, 0.0) for name in set(chosen))
+
+    names = set().union(*costs)
+    best, least = cheapest(names)
+    while True:
+        fewer = [names - {name} for name in sorted(set(best))]
+        fewer = [some for some in fewer if all(set(cost) & some for cost in costs)]
+        tried = [(*cheapest(some), some) for some in fewer]
+        if not tried or min(whole for _, whole, _ in tried) >= least:
+            return best
+        best, least, names = min(tried, key=lambda one: one[1])
 
 
 def _entry(value: dict[str, Any]) -> Entry:

@@ -86,22 +86,55 @@ def weigh(
         norms: |x_i|^2 of all images where the caller has them; of those gathered otherwise.
         plain_gain: up to which t / (1-t)^2 the expansion will do.
     """
-    logits, anchor = _by_expansion(rows, ids, x, t, budget, norms)
     gain = t.double() / (1 - t.double()).square()
+    if bool((gain <= plain_gain).all()):
+        logits, anchor, mean = _at_once(rows, ids, x, t, budget, norms)
+        return Near(logits, anchor, _offset(rows, ids, anchor, x, t)[0], mean)
+    logits, anchor = _by_expansion(rows, ids, x, t, budget, norms)
     contested = (logits > -competing_margin(x, t)[:, None]).sum(1) > 1
     hard = (contested & (gain > plain_gain)).nonzero()[:, 0]
     if len(hard):
         logits[hard] = by_difference(rows, ids[hard], x[hard], t[hard], anchor[hard], budget=budget)
-    mean = rows.gather(ids.gather(1, anchor[:, None])[:, 0]).float().div_(HALF_RANGE).sub_(1)
-    residual = (x - t[:, None] * mean).square().sum(1, dtype=torch.float64)
-    offset = -0.5 * residual / (1 - t.double()).square()
-    # exp(-80) adds 1e-35 an image, also for an id of -1; lower ones are denormal, and with those 128 queries
-    # at t ~ U[0, 1] take 27 ms for 10 (CIFAR-10).
-    weights = logits.clamp_min(-80.0).softmax(1)
+    offset, mean = _offset(rows, ids, anchor, x, t)
+    weights = _weights(logits)
     mixed = (weights.gather(1, anchor[:, None])[:, 0] < 1).nonzero()[:, 0]  # elsewhere the anchor is the mean
     if len(mixed):
         mean[mixed] = _means(rows, ids[mixed], weights[mixed], budget)
     return Near(logits, anchor, offset, mean)
+
+
+def _weights(logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Soft-max that gives none less than exp(-80) of the largest, not even an id of -1: 1e-35 an image.
+
+    Lower ones are denormal, and with those 128 queries at t ~ U[0, 1] take 27 ms for 10 (CIFAR-10).
+    """
+    return logits.clamp_min(-80.0).softmax(1)
+
+
+def _offset(rows: PixelRows, ids: Tensor, anchor: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The anchors' own logits (eq. 3), float64, and the anchors in [-1, 1]."""
+    image = rows.gather(ids.gather(1, anchor[:, None])[:, 0]).float().div_(HALF_RANGE).sub_(1)
+    residual = (x - t[:, None] * image).square().sum(1, dtype=torch.float64)
+    return -0.5 * residual / (1 - t.double()).square(), image
+
+
+def _at_once(
+    rows: PixelRows, ids: Tensor, x: Tensor, t: Tensor, budget: int, norms: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 5 where it is enough: logits, anchors and means, each image read once."""
+    query = x if norms is not None else x + t[:, None]
+    logits = x.new_empty(ids.shape)
+    anchor = torch.empty(len(ids), dtype=torch.int64, device=ids.device)
+    mean = torch.empty_like(x)
+    for here, images in _gathered(rows, ids, budget):
+        products = torch.bmm(query[here, None], images.transpose(1, 2))[:, 0].double() / HALF_RANGE
+        if norms is not None:
+            squares = norms[ids[here].clamp_min(0)].double()
+        else:
+            squares = torch.linalg.vector_norm(images, dim=2).double().square() / HALF_RANGE**2
+        logits[here], anchor[here] = _expanded(products, squares, ids[here], t[here])
+        torch.bmm(_weights(logits[here])[:, None], images, out=mean[here, None])
+    return logits, anchor, mean.div_(HALF_RANGE).sub_(1)
 
 
 def competing_margin(x: Float[Tensor, "B D"], t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -121,13 +154,17 @@ def _by_expansion(
     rows: PixelRows, ids: Tensor, x: Tensor, t: Tensor, budget: int, norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Eq. 5: logits relative to the heaviest image, and its place: the anchor."""
-    time = t.double()
-    gain = time / (1 - time).square()
     if norms is None:
         # p_i . (x + t) - t |p_i|^2 / 2 in units of 127.5 is x.x_i - t |x_i|^2 / 2 but for what all share
         products, squares = _products(rows, ids, x + t[:, None], budget)
     else:
         products, squares = _products(rows, ids, x, budget, squares=norms[ids.clamp_min(0)].double())
+    return _expanded(products, squares, ids, t)
+
+
+def _expanded(products: Tensor, squares: Tensor, ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    time = t.double()
+    gain = time / (1 - time).square()
     logits = gain[:, None] * (products - 0.5 * time[:, None] * squares)
     highest, anchor = logits.masked_fill_(ids < 0, -torch.inf).max(1)
     return (logits - highest[:, None]).float(), anchor

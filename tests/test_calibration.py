@@ -27,11 +27,11 @@ def errors(p99: float) -> Quantiles:
     return Quantiles(p99 / 3, p99 / 2, p99, 1.1 * p99, 256)
 
 
-def table(*rows: tuple[float, str, float, float]) -> Calibration:
+def table(*rows: tuple[float, str, float, float], calls: dict[str, float] | None = None) -> Calibration:
     """Entries (t, ladder, seconds, p99); the exact field at 1 s everywhere."""
     entries = [Entry(t, name, seconds, errors(p99), None) for t, name, seconds, p99 in rows]
     entries += [Entry(t, "exact", 1.0, NONE, NONE) for t in sorted({row[0] for row in rows})]
-    return Calibration(tuple(entries), "an index", {"seed": 0})
+    return Calibration(tuple(entries), "an index", calls or {}, {"seed": 0})
 
 
 class TestPlan:
@@ -49,13 +49,23 @@ class TestPlan:
         assert table((0.1, "64/9", 0.1, 0.0095)).plan(0.01).ladders == ("exact", "exact")
         assert table((0.1, "64/9", 0.1, 0.0090)).plan(0.01).ladders == ("64/9", "64/9")
 
-    def test_a_ladder_stays_until_another_is_much_cheaper(self) -> None:
+    def test_a_call_costs_too(self) -> None:
+        """128 queries in [.1, .2]: 3.8 s by the ladder that serves before and after, 2.6 s by the other."""
         rows = [
-            (0.1, "64/9", 0.30, 0.001), (0.1, "128/9", 0.40, 0.001),
-            (0.2, "64/9", 0.30, 0.001), (0.2, "128/9", 0.27, 0.001),
-            (0.3, "64/9", 0.30, 0.001), (0.3, "128/9", 0.20, 0.001),
+            (0.1, "64/9", 0.3, 0.001), (0.1, "128/9", 0.2, 0.001),
+            (0.2, "64/9", 0.3, 0.001), (0.2, "128/9", 0.2, 0.001),
+            (0.3, "64/9", 0.3, 0.001), (0.3, "128/9", 0.9, 0.001),
         ]  # fmt: skip
-        assert table(*rows).plan(0.01).ladders == ("64/9", "64/9", "128/9", "128/9")
+        assert table(*rows).plan(0.01).ladders == ("128/9", "128/9", "64/9", "64/9")
+        few = {"64/9": 0.1, "128/9": 2.4}
+        assert table(*rows, calls=few).plan(0.01).ladders == ("128/9", "128/9", "64/9", "64/9")
+        many = {"64/9": 0.1, "128/9": 2.6}
+        assert table(*rows, calls=many).plan(0.01).ladders == ("64/9", "64/9", "64/9", "64/9")
+
+    def test_a_ladder_no_other_can_replace_stays(self) -> None:
+        found = table((0.1, "64/9", 0.1, 0.001), (0.2, "128/9", 0.1, 0.001), calls={"64/9": 9e9})
+        assert found.plan(0.01).ladders == ("exact", "exact", "128/9")
+        assert found.plan(0.001).ladders == ("exact", "exact", "exact")
 
     def test_a_ladder_measured_at_one_end_only_is_not_taken_between(self) -> None:
         found = table((0.1, "64/9", 0.1, 0.001), (0.2, "128/9", 0.2, 0.001)).plan(0.01)

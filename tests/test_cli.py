@@ -188,6 +188,7 @@ def calibrated(*rows: tuple[float, str, float, float]) -> Calibration:
             for t, ladder, ms, p99 in rows
         ),
         "an index",
+        {"64/9": 0.064, "128/9 alone": 0.128, "exact": 0.256},
         {},
     )
 
@@ -203,22 +204,22 @@ def test_the_table_of_a_calibration_by_hand() -> None:
     """64/9 meets 1 % at .1 and .2, 128/9 alone at .2 and .5."""
     lines = table(MADE_UP, 0.01).splitlines()
     assert [line.split() for line in lines[2:-1]] == [
-        ["0.1", "64/9", "0.1", "0.2", "0.4", "-", "1", "10", "10"],
-        ["0.2", "128/9", "alone", "0.025", "0.05", "0.1", "-", "5", "10", "2"],
-        ["0.5", "128/9", "alone", "0.025", "0.05", "0.1", "-", "5", "8", "1.6"],
+        ["0.1", "64/9", "0.1", "0.2", "0.4", "-", "1.5", "12", "8"],
+        ["0.2", "128/9", "alone", "0.025", "0.05", "0.1", "-", "6", "12", "2"],
+        ["0.5", "128/9", "alone", "0.025", "0.05", "0.1", "-", "6", "10", "1.67"],
     ]
-    # .1 x 1 + .1 x 1.5 + .3 x 5 + .5 x 5 of .1 x 10 + .1 x 10 + .3 x 9 + .5 x 8
-    assert "4.25 ms per query, exact 8.7 ms, ratio 2.05; exact field for 0 % of t" in lines[-1]
+    # .1 x 1 + .1 x 1.5 + .3 x 5 + .5 x 5 of .1 x 10 + .1 x 10 + .3 x 9 + .5 x 8; calls .5 + 1 of 2
+    assert "5.75 ms per query, exact 10.7 ms, ratio 1.86; exact field for 0 % of t" in lines[-1]
 
 
 def test_where_no_ladder_will_do_the_table_says_so() -> None:
     parts = stretches(MADE_UP, MADE_UP.plan(0.0009))
     assert exact_share(parts) == 1
     assert [part.width for part in parts] == pytest.approx([0.1, 0.1, 0.3, 0.5])
-    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 up to .1, 128/9 alone from .2
+    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 up to .1 would be one call more; 128/9 alone from .2
     assert exact_share(parts) == pytest.approx(0.1)
     rows = table(MADE_UP, 0.005).splitlines()
-    assert rows[2].split() == ["0.1", "exact", "0", "0", "0", "-", "10", "10", "1"]
+    assert rows[2].split() == ["0.1", "exact", "0", "0", "0", "-", "12", "12", "1"]
     assert rows[-1].endswith("exact field for 10 % of t")
 
 

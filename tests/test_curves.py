@@ -22,7 +22,7 @@ def made_up(errors, milliseconds=None):
         for t, p99 in zip(TIMES, values, strict=True)
         if p99 is not None
     ]
-    return Calibration(tuple(entries), "an index", {})
+    return Calibration(tuple(entries), "an index", {}, {})
 
 
 def drawn(calibration, folder, tolerance=0.01):

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from nnflow.calibrating import calibrate as measure
-from nnflow.calibration import EXACT, FILE, Calibration, Entry, Plan
+from nnflow.calibration import BATCH, EXACT, FILE, Calibration, Entry, Plan
 from nnflow.cli.options import FOLDER, memory_option, tolerance_option
 from nnflow.curves import calibration_curves
 from nnflow.files import folder_lock, shown
@@ -103,7 +103,7 @@ def measure_into(
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of [0, 1) that one ladder answers, and how long a query takes there, on average of its ends."""
+    """A part of [0, 1) that one ladder answers; seconds per query there beside the call, mean of its ends."""
 
     width: float
     ladder: str
@@ -134,26 +134,28 @@ def table(calibration: Calibration, tolerance: float) -> str:
     found = {(entry.t, entry.ladder): entry for entry in calibration.entries}
     longest = max(len("ladder"), *map(len, plan.ladders))
     lines = [
-        f"tolerance {tolerance:g}: relative velocity error in %, and milliseconds per query of a batch",
+        f"tolerance {tolerance:g}: relative velocity error in %, and ms per query, {BATCH} at a time",
         f"{'from t':>7}  {'ladder':<{longest}}  {'p50':>8} {'p90':>8} {'p99':>8} {'held out':>8}"
         f"  {'ms':>8} {'exact ms':>8} {'ratio':>6}",
     ]
     for t, ladder in zip(plan.times, plan.ladders[1:], strict=True):
-        lines.append(f"{t:>7g}  {ladder:<{longest}}  {_row(found[t, ladder], found[t, EXACT])}")
+        prices = [found[t, name].seconds + calibration.call([name]) for name in (ladder, EXACT)]
+        lines.append(f"{t:>7g}  {ladder:<{longest}}  {_row(found[t, ladder], *prices)}")
     parts = stretches(calibration, plan)
-    mean = math.fsum(part.width * part.seconds for part in parts)
+    mean = math.fsum(part.width * part.seconds for part in parts) + calibration.call(plan.ladders)
     exact = replace(plan, ladders=(EXACT,) * len(plan.ladders))
     whole = math.fsum(part.width * part.seconds for part in stretches(calibration, exact))
+    whole += calibration.call([EXACT])
     lines.append(
-        f"mean over t in [0, 1): {1000 * mean:.3g} ms per query, exact {1000 * whole:.3g} ms, "
+        f"{BATCH} queries at t ~ U[0, 1]: {1000 * mean:.3g} ms per query, exact {1000 * whole:.3g} ms, "
         f"ratio {whole / mean:.3g}; exact field for {100 * exact_share(parts):.3g} % of t"
     )
     return "\n".join(lines)
 
 
-def _row(entry: Entry, exact: Entry) -> str:
+def _row(entry: Entry, price: float, exact: float) -> str:
     inside, outside = entry.held_in, entry.held_out
     errors = [inside.p50, inside.p90, inside.p99, None if outside is None else outside.p99]
     shares = " ".join(f"{'-' if error is None else f'{100 * error:.2g}':>8}" for error in errors)
-    prices = f"{1000 * entry.seconds:>8.3g} {1000 * exact.seconds:>8.3g}"
-    return f"{shares}  {prices} {exact.seconds / entry.seconds:>6.3g}"
+    prices = f"{1000 * price:>8.3g} {1000 * exact:>8.3g}"
+    return f"{shares}  {prices} {exact / price:>6.3g}"
