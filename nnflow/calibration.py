@@ -189,7 +189,7 @@ def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -
     """
 
     def cheapest(names: set[str]) -> tuple[tuple[str, ...], float]:
-        chosen = tuple(min(set(cost) & names, key=lambda name: cost[name]) for cost in costs)
+        chosen = tuple(min((name for name in cost if name in names), key=cost.__getitem__) for cost in costs)
         whole = sum(cost[name] for cost, name in zip(costs, chosen, strict=True))
         return chosen, whole + sum(calls.get(name, 0.0) for name in set(chosen))
 

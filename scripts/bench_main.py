@@ -34,6 +34,7 @@ def seconds(call: Callable[[], object]) -> float:
 def index_once(source: Path, out: Path, size: int) -> dict[str, Any]:
     """`nnflow index` as a process of its own: wall time and peak resident memory."""
     command = [sys.executable, "-m", "nnflow", "index", str(source), str(out), "--size", str(size)]
+    command += ["--calibration-seconds", "0"]
     began = time.perf_counter()
     child = os.posix_spawn(sys.executable, command, os.environ)
     _, status, usage = os.wait4(child, 0)

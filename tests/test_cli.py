@@ -216,7 +216,7 @@ def test_where_no_ladder_will_do_the_table_says_so() -> None:
     parts = stretches(MADE_UP, MADE_UP.plan(0.0009))
     assert exact_share(parts) == 1
     assert [part.width for part in parts] == pytest.approx([0.1, 0.1, 0.3, 0.5])
-    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 up to .1 would be one call more; 128/9 alone from .2
+    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 until .1 were a call more
     assert exact_share(parts) == pytest.approx(0.1)
     rows = table(MADE_UP, 0.005).splitlines()
     assert rows[2].split() == ["0.1", "exact", "0", "0", "0", "-", "12", "12", "1"]
