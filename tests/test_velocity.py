@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import D, FieldContract, N, all_images, oracle, pixels_of, queries
+from peaks import peak_of
 from stores import store_of
 
 from nnflow import memory
@@ -168,15 +169,7 @@ def test_peak_memory_keeps_the_budget_whatever_n(tmp_path: Path) -> None:
     field = EmpiricalVelocity.exact(big, memory=budget, device="cpu")
     x, t = queries(big, 0.05, count=600)  # unrestricted, the logits alone would take 14.4 MB three times
     field(x[:2], t[:2])
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        field(x, t)
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_of(lambda: field(x, t))
     assert 4e6 < peak < budget + 4 * x.nbytes  # the answer and its parts come on top
 
 
