@@ -1,27 +1,19 @@
-"""Every image's principal coordinates, laid out so that one bfloat16 product yields logits.
+"""Every image's principal coordinates, one byte each: what all images are weighed by.
 
 With y = P (x - t mean) and z_i = P (x_i - mean) the logit of image i in its first r coordinates is, less
 a term all images share (docs/field.md, eq. 9),
 
     gain (y . z_i - t |z_i|^2 / 2),    gain = t / (1-t)^2
 
-A bfloat16 has 8 significant bits, and a product of bfloat16 rounds its result to one, though it sums in
-float32. So all that cancels is summed within the product. A row of the matrix is
+A byte holds z_ij in steps of a 127th of the largest |z_j| of any image: per coordinate for the first 64,
+the largest of these steps for the others, whose spread differs less. On CIFAR-10 that moves an image by
+0.5, of a length of 28; 3.5 lie outside the 512 coordinates kept. The rounded z are the coordinates: norms
+are taken after rounding.
 
-    1 1 1 | z (first block)  z (its head again)  N N' N | z (second block)  N N' N | ...
-
-with N + N' the block's squared norm to 16 bits; the query's row stands opposite:
-
-    the shift in three parts | gain y, rounded   what that lost   c c c' | gain y   c c c' | ...
-
-with c + c' = -gain t / 2. Blocks end at ranks 32, 64, 128, ...: to use fewer coordinates is to read the
-head of each row. The rounded z are the coordinates: their norms are taken after rounding.
-
-Axes:  B queries   n images   R coordinates kept   A columns of a row
+Axes:  B queries   n images   K images of one query   R coordinates kept   r of them used
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,25 +21,23 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from nnflow.embedding import Embedding
 from nnflow.errors import StoreError
 from nnflow.files import shown, whole_file
+from nnflow.integers import LEVELS
 
-UInt16Rows: TypeAlias = "np.memmap[tuple[int, int], np.dtype[np.uint16]]"  # numpy knows no bfloat16
+Int8Rows: TypeAlias = "np.memmap[tuple[int, int], np.dtype[np.int8]]"
 
 _FIRST_EDGE = 32
-# The head of y is kept to 16 bits: rounded to 8, the first coordinate alone (standard deviation 15 on
-# CIFAR-10) tilts the far mean by a thousandth of the velocity.
-_HEAD = 16
-_ONES = 3
-_NORMS = 3
+_HEAD = 64  # coordinates with a step of their own
+_BLOCK_ROWS = 1 << 13  # whose squares are summed at once
 
 
 def edges_of(count: int) -> tuple[int, ...]:
-    """Ranks at which a row may be cut: 32, 64, 128, ..., and all `count`."""
+    """Ranks a ladder may have: 32, 64, 128, ..., and all `count`."""
     found, edge = [], _FIRST_EDGE
     while edge < count:
         found.append(edge)
@@ -58,10 +48,12 @@ def edges_of(count: int) -> tuple[int, ...]:
 class Coordinates:
     """The coordinates of n images and the map that gives those of a query."""
 
-    def __init__(self, rows: BFloat16[Tensor, "n A"], embedding: Embedding) -> None:
+    def __init__(self, rows: Int8[Tensor, "n R"], embedding: Embedding) -> None:
         self.rows = rows
         self.embedding = embedding
-        self.edges = edges_of(len(embedding.principal))
+        self.steps = _steps(embedding.peaks)
+        self.edges = edges_of(rows.shape[1])
+        self._squares: dict[int, tuple[Tensor, float]] = {}
 
     @property
     def rank(self) -> int:
@@ -70,55 +62,61 @@ class Coordinates:
 
     def to(self, device: torch.device) -> "Coordinates":
         """The same on another device."""
+        if self.rows.device == device:
+            return self
         return Coordinates(self.rows.to(device), self.embedding.to(device))
 
     def edge(self, rank: int) -> int:
-        """The smallest rank at which a row may be cut that is at least `rank`, or all of it."""
+        """The smallest of the `edges` that is at least `rank`, or the last."""
         return next((edge for edge in self.edges if edge >= rank), self.rank)
 
-    def width(self, rank: int) -> int:
-        """Columns that hold the first `rank` coordinates, an edge."""
-        return _ONES + min(_HEAD, self.edges[0]) + rank + _NORMS * (1 + self.edges.index(rank))
+    def rounding(self, rank: int) -> float:
+        """No image is moved further than this (L2) in its first `rank` coordinates by rounding to bytes."""
+        return 0.5 * self.steps[:rank].double().norm().item() * (1 + 1e-6)
+
+    def squares(self, rank: int) -> Float[Tensor, " n"]:
+        """|z_i|^2 in the first `rank` coordinates."""
+        return self._sums(rank)[0]
+
+    def widest(self, rank: int) -> float:
+        """The largest sum of |bytes| of any image in its first `rank` coordinates."""
+        return self._sums(rank)[1]
+
+    def _sums(self, rank: int) -> tuple[Float[Tensor, " n"], float]:
+        """One pass over the coordinates, the first time they are asked for."""
+        if rank not in self._squares:
+            squares, widest = [], 0.0
+            for block in self.rows[:, :rank].split(_BLOCK_ROWS):
+                squares.append(self.values(block).square_().sum(1))
+                widest = max(widest, block.float().abs_().sum(1).max().item())
+            self._squares[rank] = torch.cat(squares), widest
+        return self._squares[rank]
+
+    def values(self, rows: Tensor) -> Float[Tensor, "... r"]:
+        """The coordinates that rows of bytes, or weighted means of such rows, stand for."""
+        return rows.float() * self.steps[: rows.shape[-1]]
 
     def query(
-        self,
-        y: Float[Tensor, "B r"],
-        t: Float[Tensor, " B"],
-        shift: Float[Tensor, " B"],
-    ) -> BFloat16[Tensor, "B a"]:
-        """The row that a query puts opposite the images': their product is the logit less `shift`.
+        self, y: Float[Tensor, "B r"], t: Float[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B r"], Float[Tensor, " B"]]:
+        """What makes logits of an image's bytes and its square: logit_i = row . q_i - fall |z_i|^2.
 
         Args:
-            y: its first r coordinates, P (x - t mean); r an edge.
+            y: the query's first r coordinates, P (x - t mean).
             t: times.
-            shift: float64; near the largest logit, so that those that matter are small numbers.
         """
-        time = t.double()
-        gain = time / (1 - time).square()
-        scaled = (gain[:, None] * y.double()).float()
-        coefficient = _halves(-0.5 * gain * time, 2)
-        norms = torch.stack([coefficient[0], coefficient[0], coefficient[1]], 1)
-        parts = [torch.stack(_halves(-shift, _ONES), 1)]
-        start = 0
-        for edge in self.edges[: self.edges.index(y.shape[1]) + 1]:
-            parts.append(scaled[:, start:edge].bfloat16())
-            if start == 0:
-                head = scaled[:, :_HEAD]
-                parts.append((head - head.bfloat16().float()).bfloat16())
-            parts.append(norms)
-            start = edge
-        return torch.cat(parts, 1)
+        gain = t.double() / (1 - t.double()).square()
+        row = gain[:, None] * y.double() * self.steps[: y.shape[1]].double()
+        return row.float(), (0.5 * gain * t.double()).float()
 
-    def values(self, total: Float[Tensor, "B a"]) -> Float[Tensor, "B r"]:
-        """The coordinates among the columns of a weighted sum of rows."""
-        parts, column, start = [], _ONES, 0
-        for edge in self.edges:
-            if column >= total.shape[1]:
-                break
-            parts.append(total[:, column : column + edge - start])
-            column += edge - start + _NORMS + (min(_HEAD, edge) if start == 0 else 0)
-            start = edge
-        return torch.cat(parts, 1)
+    def encoded(self, z: Float[Tensor, "m R"]) -> Int8[Tensor, "m R"]:
+        """Coordinates as bytes, to the nearest step."""
+        return (z / self.steps).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+
+    @classmethod
+    def empty(cls, embedding: Embedding) -> "Coordinates":
+        """Those of no image yet."""
+        return cls(torch.empty(0, len(embedding.peaks), dtype=torch.int8), embedding)
 
     @classmethod
     def open(cls, path: Path, embedding: Embedding, count: int) -> "Coordinates":
@@ -133,67 +131,34 @@ class Coordinates:
             raise StoreError(
                 f"{shown(path)}: not readable coordinates ({shown(error)}); build the index again"
             ) from error
-        wanted = (count, columns_of(len(embedding.principal)))
-        if held.dtype != np.uint16 or held.shape != wanted:
+        wanted = (count, len(embedding.peaks))
+        if held.dtype != np.int8 or held.shape != wanted:
             raise StoreError(
-                f"{shown(path)}: {held.dtype} of shape {held.shape}, wanted uint16 {wanted}; build the "
+                f"{shown(path)}: {held.dtype} of shape {held.shape}, wanted int8 {wanted}; build the "
                 "index again"
             )
-        return cls(torch.from_numpy(held).view(torch.bfloat16), embedding)
+        return cls(torch.from_numpy(held), embedding)
 
 
-def columns_of(count: int) -> int:
-    """Columns of a row of `count` coordinates."""
-    edges = edges_of(count)
-    return _ONES + min(_HEAD, edges[0]) + count + _NORMS * len(edges)
-
-
-def encoded(z: Float[Tensor, "m R"]) -> BFloat16[Tensor, "m A"]:
-    """Rows of the matrix for images of coordinates `z`."""
-    rounded = z.bfloat16()
-    parts = [torch.ones(len(z), _ONES, dtype=torch.bfloat16)]
-    start = 0
-    for edge in edges_of(z.shape[1]):
-        block = rounded[:, start:edge]
-        parts.append(block)
-        if start == 0:
-            parts.append(block[:, :_HEAD])
-        high, low = _halves(block.double().square().sum(1), 2)
-        parts.append(torch.stack([high, low, high], 1))
-        start = edge
-    return torch.cat(parts, 1)
+def _steps(peaks: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """What one unit of each coordinate's byte stands for; 1 where every image has the same."""
+    steps = peaks / LEVELS
+    if len(steps) > _HEAD:
+        steps = torch.cat([steps[:_HEAD], steps[_HEAD:].amax().expand(len(steps) - _HEAD)])
+    return steps.where(steps > 0, 1.0)
 
 
 @contextlib.contextmanager
-def written(path: Path, count: int, rank: int) -> Iterator[UInt16Rows]:
-    """An empty (count, A) matrix on disk, whole at `path` when the block ends well; rows as uint16.
+def written(path: Path, count: int, rank: int) -> Iterator[Int8Rows]:
+    """An empty (count, rank) matrix of bytes on disk, whole at `path` when the block ends well.
 
     Raises:
         StoreError: the disk is full or refuses.
     """
     with whole_file(path) as partial:
-        shape = (count, columns_of(rank))
-        held = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape)
+        held = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=(count, rank))
         # A full disk would end a write through a memory map by a signal: take the room before.
         with partial.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, held.offset + held.nbytes)
         yield held
         held.flush()
-
-
-def _halves(values: Float[Tensor, " m"], parts: int) -> list[BFloat16[Tensor, " m"]]:
-    """`values` as a sum of bfloat16, each taking up what those before it lost."""
-    found = []
-    for _ in range(parts):
-        part = values.bfloat16()
-        found.append(part)
-        values = values - part.to(values.dtype)
-    return found
-
-
-@functools.cache
-def bfloat16_is_fast(device: str) -> bool:
-    """Whether products of bfloat16 run at more than float32's rate on a device of type `device`."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -9,7 +9,6 @@ leaves out need it.
 Axes:  n images   D = C*H*W values of one image   r = rank   R >= r principal directions kept
 """
 
-import functools
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -23,13 +22,14 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from nnflow import integers
 from nnflow.errors import InputError, StoreError
 from nnflow.files import shown, whole_file
 from nnflow.memory import format_bytes
 from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.store import ImageStore
 
-FORMAT = "nnflow-embedding-2"
+FORMAT = "nnflow-embedding-3"
 
 # Directions kept for the far field, where there are as many. They hold 98.4 % of the variance of CIFAR-10;
 # with 100 images in pixels that leaves 0.7 % of error at the worst time (p99 of 256 queries).
@@ -53,6 +53,7 @@ class Embedding:
         principal: R x D with orthonormal rows, leading first.
         searched: how many of them an index searches; None for one that searches the pixels, unrotated.
         spectrum: variances along the principal directions, then of the rest, all D of them.
+        peaks: the largest |z_ij| of any stored image, along each of the R.
         radius: no stored image is further from the mean than this (L2).
         residual_radius: the same of the part of the images outside the directions searched.
         fitted_on: images whose covariance gave the directions.
@@ -63,6 +64,7 @@ class Embedding:
     principal: Float[Tensor, "R D"]
     searched: int | None
     spectrum: Float[Tensor, " D"]
+    peaks: Float[Tensor, " R"]
     radius: float
     residual_radius: float
     fitted_on: int
@@ -99,11 +101,17 @@ class Embedding:
 
     def to(self, device: torch.device) -> "Embedding":
         """The same map on another device."""
-        return replace(self, mean=self.mean.to(device), principal=self.principal.to(device))
+        on = {name: getattr(self, name).to(device) for name in ("mean", "principal", "peaks")}
+        return replace(self, **on)
 
     def save(self, path: Path) -> None:
         """Writes all of it to `path` as safetensors; the same embedding gives the same bytes."""
-        tensors = {"mean": self.mean, "spectrum": self.spectrum, "principal": self.principal.contiguous()}
+        tensors = {
+            "mean": self.mean,
+            "spectrum": self.spectrum,
+            "principal": self.principal.contiguous(),
+            "peaks": self.peaks,
+        }
         numbers = torch.tensor(
             [self.radius, self.residual_radius, self.fitted_on, self.searched or 0], dtype=torch.float64
         )
@@ -134,7 +142,7 @@ class Embedding:
             )
         if not _fit_each_other(tensors):
             raise StoreError(
-                f"{shown(path)}: wanted mean, spectrum, principal, numbers and store that fit each "
+                f"{shown(path)}: wanted mean, spectrum, principal, peaks, numbers and store that fit each "
                 "other; build the index again"
             )
         radius, residual, fitted_on, searched = tensors["numbers"].tolist()
@@ -143,6 +151,7 @@ class Embedding:
             tensors["principal"],
             int(searched) or None,
             tensors["spectrum"],
+            tensors["peaks"],
             radius,
             residual,
             int(fitted_on),
@@ -193,15 +202,15 @@ def fit_embedding(
     principal = directions[: min(max(searched or 0, PRINCIPAL), rows.count)].float().contiguous()
     if fitted_on < rows.count:
         spectrum, principal = _measured(rows, mean.float(), spectrum, principal, budget)
-    kept = None if searched is None else principal[:searched]
-    total, radius, residual = _measure(rows, mean.float(), kept, budget)
+    found = _measure(rows, mean.float(), principal, searched, budget)
     return Embedding(
         mean.float(),
         principal,
         searched,
-        _complete(spectrum, len(principal), total, rows.dim).float(),
-        radius,
-        residual,
+        _complete(spectrum, len(principal), found.variance, rows.dim).float(),
+        found.peaks,
+        found.radius,
+        found.residual_radius,
         fitted_on,
         store.fingerprint,
     )
@@ -236,27 +245,13 @@ def _covariance(
 
 def _integer_gram(block: Int[Tensor, "R D"]) -> Tensor:
     """B'B, exact. torch._int_mm of torch 2.13 is wrong for a single column; small ones need no haste."""
-    if block.shape[1] >= _INTEGER_DIM and _integers_are_exact():
+    if block.shape[1] >= _INTEGER_DIM and integers.are_fast():
         return torch._int_mm(block.T.contiguous(), block)
     gram = torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64)
     for rows in block.split(_EXACT_ROWS):
         wide = rows.float()
         gram += wide.T @ wide
     return gram
-
-
-@functools.cache
-def _integers_are_exact() -> bool:
-    """Whether this processor's torch._int_mm is there and right.
-
-    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which saturate: with AVX2 alone
-    64 products of 127 * 127 come to 8,160 instead of 1,032,256.
-    """
-    worst = torch.full((_INTEGER_DIM, _INTEGER_DIM), 127, dtype=torch.int8)
-    try:
-        return bool((torch._int_mm(worst, worst) == _INTEGER_DIM * 127**2).all())
-    except (AttributeError, RuntimeError):  # a build of torch without it
-        return False
 
 
 def _leading(covariance: Float[Tensor, "D D"]) -> tuple[Tensor, Tensor]:
@@ -299,14 +294,28 @@ def _subset_pca(
     return values[kept], _signed(torch.linalg.qr(directions.T)[0].T)
 
 
-def _measure(
-    rows: PixelRows, mean: Float[Tensor, " D"], directions: Tensor | None, budget: int
-) -> tuple[float, float, float]:
-    """Total variance, largest distance from the mean, largest distance outside the directions.
+@dataclass(frozen=True)
+class _Extent:
+    """How far the images reach: total variance, largest |z_ij|, largest distances from the mean.
 
     The two distances are bounds: what float32 rounds away is added.
     """
+
+    variance: float
+    peaks: Float[Tensor, " R"]
+    radius: float
+    residual_radius: float
+
+
+def _measure(
+    rows: PixelRows,
+    mean: Float[Tensor, " D"],
+    principal: Float[Tensor, "R D"],
+    searched: int | None,
+    budget: int,
+) -> _Extent:
     total = radius = residual = 0.0
+    peaks = torch.zeros(len(principal))
     block = rows.new_block(rows.block_rows(budget))
     for start in range(0, rows.count, len(block)):
         x = rows.read(start, min(start + len(block), rows.count), block)
@@ -314,18 +323,20 @@ def _measure(
         whole = x.square().sum(1, dtype=torch.float64)
         total += whole.sum().item()
         radius = max(radius, whole.max().item())
-        if directions is not None:
-            # Not |x|^2 - |P x|^2: where one direction holds nearly all, that falls short by 5e-7 |x|^2.
-            outside = x.sub_((x @ directions.T) @ directions)
+        z = x @ principal.T
+        peaks = torch.maximum(peaks, z.abs().amax(0))
+        if searched is not None:
+            # Not |x|^2 - |z|^2: where one direction holds nearly all, that falls short by 5e-7 |x|^2.
+            outside = x.sub_(z[:, :searched] @ principal[:searched])
             residual = max(residual, outside.square().sum(1, dtype=torch.float64).max().item())
     # Each value is rounded four times, by at most half an ulp of a number in [1, 2), and those outside
     # once for each direction.
     slack = math.sqrt(rows.dim) * 2**-22
     radius = math.sqrt(radius) + slack
-    if directions is None:
-        return total / rows.count, radius, 0.0
-    slack += math.sqrt(len(directions)) * 2**-23 * radius
-    return total / rows.count, radius, math.sqrt(residual) + slack
+    if searched is None:
+        return _Extent(total / rows.count, peaks, radius, 0.0)
+    slack += math.sqrt(searched) * 2**-23 * radius
+    return _Extent(total / rows.count, peaks, radius, math.sqrt(residual) + slack)
 
 
 def _measured(
@@ -357,16 +368,18 @@ def _complete(spectrum: Tensor, known: int, total: float, dim: int) -> Float[Ten
 
 def _fit_each_other(tensors: dict[str, Tensor]) -> bool:
     """Whether the tensors are those of an embedding: all there, their shapes and types as saved."""
-    if {"mean", "principal", "spectrum", "numbers", "store"} - tensors.keys():
+    if {"mean", "principal", "spectrum", "peaks", "numbers", "store"} - tensors.keys():
         return False
     mean, spectrum, numbers = tensors["mean"], tensors["spectrum"], tensors["numbers"]
-    principal = tensors["principal"]
+    principal, peaks = tensors["principal"], tensors["peaks"]
     return (
-        {mean.dtype, spectrum.dtype, principal.dtype} == {torch.float32}
+        {mean.dtype, spectrum.dtype, principal.dtype, peaks.dtype} == {torch.float32}
         and mean.ndim == 1
         and spectrum.shape == mean.shape
         and principal.ndim == 2
         and principal.shape[1] == len(mean)
+        and peaks.shape == (len(principal),)
+        and bool(peaks.isfinite().all())
         and numbers.shape == (4,)
         and tensors["store"].dtype == torch.uint8
         and tensors["store"].ndim == 1

@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from nnflow.coordinates import bfloat16_is_fast
 from nnflow.index import NeighbourIndex
+from nnflow.integers import unit_of
 from nnflow.ladder import Ladder
 from nnflow.memory import rows_within
 from nnflow.nearfield import weigh
 from nnflow.pixels import PixelRows
-from nnflow.products import Buffer, Scores, scores_of, weighted
+from nnflow.products import Buffer, Scores, masses, scores_of, weighted
 from nnflow.residual import Residual
 from nnflow.scan import AllImages
 from nnflow.support import Part, Support
 from nnflow.weighted import WeightedMean
 
-_SMALL = 64.0  # bfloat16 is spaced by 1/4 there; a path's own image lies within 16 of 0 at rank 512
 # A candidate this far below the heaviest, exp(-20) = 2e-9 of the mass, and by so many standard deviations of
 # what its coordinates leave open, is not read from the store.
 _IRRELEVANT, _DEVIATIONS = 20.0, 6.0
 _WIDTHS = (2, 8, 32, 128, 512)  # candidates per query, rounded up to one of these
+_FAINT = 9.0  # a rest of less than exp(-9) = 1.2e-4 of the mass: its mean is not summed, only estimated
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,26 @@ class _Queries:
 
 
 @dataclass(frozen=True)
+class _Level:
+    """Images weighed by their first `rank` coordinates, and the best of them.
+
+    Rows are those of all images, (n, r), or each query's own, (B, K, r).
+    """
+
+    rank: int
+    rows: Int8[Tensor, "..."]
+    scores: Scores
+    best: Float[Tensor, "B K"]
+    places: Int[Tensor, "B K"]
+
+
+@dataclass(frozen=True)
 class _Rest:
     """What a level leaves behind: log-masses as of eq. 3, and the mean of its coordinates."""
 
     log_mass: Float[Tensor, " B"]
     log_square: Float[Tensor, " B"]
-    mean: Float[Tensor, "B r"]
+    mean: Float[Tensor, "B R"]
 
 
 class NearAndFar(Support):
@@ -94,33 +108,26 @@ class NearAndFar(Support):
             self._all = self._all or AllImages(self.rows, budget=self.budget)
             return self._all.part(x, t, images)
         steps = pairwise(self.ladder.levels)
-        passed = sum(keep * self.coordinates.width(rank) for (_, keep), (rank, _) in steps)
-        logit = 2 if bfloat16_is_fast(x.device.type) else 4
-        per_query = (logit + 1) * count + 4 * passed + 24 * self.rows.dim
+        passed = sum(keep * rank for (_, keep), (rank, _) in steps)
+        # A level's rows of bytes, once more for those whose mean is summed; the logits.
+        per_query = 8 * count + 2 * passed + 24 * self.rows.dim
         chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
         return Part.joined([self._climb(x[some], t[some], images) for some in places], places)
 
     def _climb(self, x: Tensor, t: Tensor, images: slice) -> Part:
         queries = self._coordinates_of(x, t)
-        ids, rests, tails, top = None, [], [], None
+        levels, ids = [], None
         for rank, keep in self.ladder.levels:
-            rows = self._gathered(ids, images, self.coordinates.width(rank))
-            shift = self._shift(queries, rank)
-            scores, top, places = self._best(queries, rows, shift, rank, keep)
-            if self.ladder.far:
-                rests.append(self._rest(queries, scores, places, rows, shift, rank))
-            else:
-                left = scores.shape[1] - top.shape[1]
-                tails.append(self._log_tail(queries, shift + top[:, -1].double(), top[:, -1], left, rank))
-            ids = places + images.start if ids is None else ids.gather(1, places)
+            level = self._level(queries, ids, images, rank, keep)
+            levels.append(level)
+            ids = level.places + images.start if ids is None else ids.gather(1, level.places)
         assert ids is not None
-        assert top is not None
-        near, ids = self._near(queries, ids, top, rank)
+        near, ids = self._near(queries, ids, levels[-1])
         if not self.ladder.far:
-            tail = torch.stack(tails, 1).logsumexp(1)
+            tail = torch.stack([self._log_tail(queries, level) for level in levels], 1).logsumexp(1)
             return Part.summed(near, str(self.ladder), ids=ids, log_tail=tail)
-        far = self._far(queries, rests)
+        far = self._far(queries, [self._rest(queries, level, near) for level in levels])
         return Part.summed(near.merge(far), str(self.ladder), ids=ids, log_far=far.log_mass)
 
     def _coordinates_of(self, x: Tensor, t: Tensor) -> _Queries:
@@ -130,100 +137,83 @@ class NearAndFar(Support):
         outside = c.square().sum(1).double() - y.square().sum(1).double()
         return _Queries(x, t, c, y, outside.clamp_min(0))
 
-    def _shift(self, queries: _Queries, rank: int) -> Float[Tensor, " B"]:
-        """About the largest logit: that of the image on whose path the query would lie."""
-        noise = (1 - queries.t.double()).square()
-        own = 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
-        return (own - 0.5 * rank).clamp_min(0)
-
-    def _gathered(self, ids: Tensor | None, images: slice, width: int) -> Tensor:
-        """Rows of the coordinates: of all images (n, a), or of those a level passed on (B, K, a)."""
+    def _level(self, queries: _Queries, ids: Tensor | None, images: slice, rank: int, keep: int) -> _Level:
+        """All images, or `ids` that a level passed on, by their first `rank` coordinates (eq. 9)."""
+        squares = self.coordinates.squares(rank)
         if ids is None:
-            return self.coordinates.rows[images, :width]
-        picked = self.coordinates.rows[:, :width].index_select(0, ids.flatten())
-        return picked.view(*ids.shape, width)
+            rows, squares = self.coordinates.rows[images, :rank], squares[images]
+        else:
+            picked = self.coordinates.rows[:, :rank].index_select(0, ids.flatten())
+            rows, squares = picked.view(*ids.shape, rank), squares[ids]
+        row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
+        scores = scores_of(row, fall, rows, squares, self._buffer)
+        best, places = scores.highest(min(keep, scores.values.shape[1]))
+        return _Level(rank, rows, scores, best, places)
 
-    def _best(
-        self, queries: _Queries, rows: Tensor, shift: Tensor, rank: int, keep: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits in the first `rank` coordinates (eq. 9) less `shift`, the best of them, their places.
+    def _rest(self, queries: _Queries, level: _Level, near: WeightedMean) -> _Rest:
+        """Mass and mean coordinates of the images a level leaves behind; overwrites its scores.
 
-        A query off the path of every stored image is asked again, and its shift changed in place: its
-        largest logit is then no small number, and of large ones the leading 8 bits say little.
+        A rest that holds next to nothing of the mass has the mean of the Gaussian of all images (eq. 11).
         """
-        scores = self._scores(queries, rows, shift, rank, self._buffer)
-        keep = min(keep, scores.values.shape[1])
-        top, places = scores.highest(keep)
-        off = (top[:, 0].float().abs() > _SMALL).nonzero()[:, 0]
-        if len(off):
-            shift[off] += top[off, 0].double()
-            some = _Queries(*(value[off] for value in vars(queries).values()))
-            theirs = rows[off] if rows.ndim == 3 else rows
-            again = self._scores(some, theirs, shift[off], rank, Buffer())
-            scores.values[off] = again.values
-            top[off], places[off] = again.highest(keep)
-        return scores.values, top, places
-
-    def _scores(self, queries: _Queries, rows: Tensor, shift: Tensor, rank: int, buffer: Buffer) -> Scores:
-        row = self.coordinates.query(queries.y[:, :rank].contiguous(), queries.t, shift)
-        return scores_of(row, rows, buffer)
-
-    def _rest(
-        self, queries: _Queries, scores: Tensor, passed: Tensor, rows: Tensor, shift: Tensor, rank: int
-    ) -> _Rest:
-        """Mass and mean coordinates of the images a level leaves behind; overwrites `scores`."""
+        scores, rank = level.scores.values, level.rank
         rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
-        scores.view(-1).index_fill_(0, (passed + rowwise).flatten(), -torch.inf)  # scatter_ copies them all
-        top = scores.amax(1).float()
-        left = weighted(scores, top, rows)
+        scores.view(-1).index_fill_(0, (level.places + rowwise).flatten(), -torch.inf)  # scatter_ copies all
+        top = level.best[:, -1]  # none of those left behind is above the last that went on
         noise = (1 - queries.t.double()).square()
-        constant = shift + top.double() - 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
-        constant += self._residual.log_mass(queries.y, queries.outside, queries.t, rank)
-        return _Rest(
-            constant + left.log_mass,
-            2 * constant + left.log_square,
-            self.coordinates.values(left.mean),
-        )
+        constant = self._residual.log_mass(queries.y, queries.outside, queries.t, rank)
+        constant -= 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
+        mean = self._residual.coordinates(queries.y, queries.t)
+        matters = constant + level.scores.log_bound(top) > near.log_mass - _FAINT
+        log_mass, log_square = torch.empty_like(constant), torch.empty_like(constant)
+        some, others = matters.nonzero()[:, 0], (~matters).nonzero()[:, 0]
+        left = weighted(scores, top, level.rows, some)
+        log_mass[some], log_square[some] = left.log_mass, left.log_square
+        mean[some, :rank] = self.coordinates.values(left.mean)
+        log_mass[others], log_square[others] = masses(scores, top, others)
+        return _Rest(constant + log_mass, 2 * constant + log_square, mean)
 
-    def _log_tail(
-        self, queries: _Queries, last: Tensor, score: Tensor, left: int, rank: int
-    ) -> Float[Tensor, " B"]:
-        """Log of `left` times the largest mass an image can have whose logit (eq. 9) is at most `last`.
+    def _spread(self, queries: _Queries, rank: int) -> Float[Tensor, " B"]:
+        """Standard deviation of what the first `rank` coordinates leave open of a logit."""
+        left = queries.outside + queries.y[:, rank:].double().square().sum(1)
+        return self._residual.spread(left, queries.t, rank)
 
-        As eq. 8, without a bound for the coordinates beyond the first r. What the product has rounded
-        away is added: 2^-9 of each z_j and of each y_j, and of `score`, its result.
+    def _log_tail(self, queries: _Queries, level: _Level) -> Float[Tensor, " B"]:
+        """Bound on the log-mass of those left behind, each the largest that the best allow.
+
+        As eq. 8, without a bound for the coordinates beyond the first r. What the query's two digits and
+        float32 round away is added; and no image is further from its bytes than `rounding`.
         """
-        time, radius = queries.t.double(), self._embedding.radius
+        rank, last = level.rank, level.best[:, -1]
+        left = level.scores.values.shape[1] - level.best.shape[1]
+        time, reach = queries.t.double(), self._embedding.radius + self.coordinates.rounding(rank)
         noise = (1 - time).square()
         size = queries.y[:, :rank].double().norm(dim=1)
-        slack = time / noise * radius * 2**-8 * (1.25 * size + time * radius) + 2**-8 * score.double().abs()
-        inside = last + slack - 0.5 * size.square() / noise
-        ball = (queries.c.double().norm(dim=1) - time * radius).clamp_min(0).square()
-        return torch.minimum(inside, -0.5 * ball / noise) + torch.tensor(float(left)).log()
+        row, _ = self.coordinates.query(queries.y[:, :rank], queries.t)
+        slack = 0.5 * unit_of(row).double() * self.coordinates.widest(rank)
+        slack += 2**-20 * (time / noise * reach * (size + time * reach) + last.double().abs())
+        nearest = (-2 * noise * (last.double() + slack) + size.square()).clamp_min(0).sqrt()
+        nearest = (nearest - time * self.coordinates.rounding(rank)).clamp_min(0)
+        ball = (queries.c.double().norm(dim=1) - time * self._embedding.radius).clamp_min(0)
+        return -0.5 * torch.maximum(nearest, ball).square() / noise + torch.tensor(float(left)).log()
 
     def _far(self, queries: _Queries, rests: list[_Rest]) -> WeightedMean:
         """All levels' rests as one part: their coordinates are mixed, then made an image once."""
         log_masses = torch.stack([rest.log_mass for rest in rests], 1)
         log_mass = log_masses.logsumexp(1)
         shares = log_masses.softmax(1).nan_to_num(0).float()
-        filled = self._residual.coordinates(queries.y, queries.t)
-        mixed = torch.zeros_like(filled)
+        mixed = torch.zeros_like(rests[0].mean)
         for share, rest in zip(shares.T, rests, strict=True):
-            known = rest.mean.shape[1]
-            mixed += share[:, None] * torch.cat([rest.mean, filled[:, known:]], 1)
+            mixed += share[:, None] * rest.mean
         return WeightedMean(
             log_mass,
             torch.stack([rest.log_square for rest in rests], 1).logsumexp(1),
             self._residual.mean(mixed, queries.c, queries.y, queries.t),
         )
 
-    def _near(
-        self, queries: _Queries, ids: Tensor, top: Tensor, rank: int
-    ) -> tuple[WeightedMean, Int[Tensor, "B K"]]:
+    def _near(self, queries: _Queries, ids: Tensor, level: _Level) -> tuple[WeightedMean, Int[Tensor, "B K"]]:
         """The candidates in pixels; those without weight are not read, and their ids become -1."""
-        left = queries.outside + queries.y[:, rank:].double().square().sum(1)
-        spread = self._residual.spread(left, queries.t, rank)
-        margin = _IRRELEVANT + _DEVIATIONS * spread
+        top = level.best
+        margin = _IRRELEVANT + _DEVIATIONS * self._spread(queries, level.rank)
         needed = (top.double() >= top[:, :1].double() - margin[:, None]).sum(1)
         ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= needed[:, None], -1)
         parts, rows, least = [], [], 0

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from nnflow.coordinates import Coordinates, UInt16Rows, encoded, written
+from nnflow.coordinates import Coordinates, Int8Rows, written
 from nnflow.embedding import Embedding, collapse_time, embedding_digest, fit_embedding
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import (
@@ -330,7 +330,7 @@ def _trained_vectors(store: ImageStore, embedding: Embedding, kind: str, budget:
 
 def _add_images(
     vectors: Any,
-    held: UInt16Rows,
+    held: Int8Rows,
     store: ImageStore,
     embedding: Embedding,
     kind: str,
@@ -340,12 +340,13 @@ def _add_images(
     """Adds every image to `vectors` and its coordinates to `held`, in one pass within `budget`."""
     rows = PixelRows(store.pixels)
     step, count = rows.block_rows(budget), len(store)
+    empty = Coordinates.empty(embedding)
     with filling(kind, embedding.rank, count):
         for start in tqdm(range(0, count, step), "indexing", disable=not progress, unit="block"):
             stop = min(start + step, count)
             x = rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
             z = embedding.project(x)
-            held[start:stop] = encoded(z).view(torch.uint16).numpy()
+            held[start:stop] = empty.encoded(z).numpy()
             searched = embedding(x) if embedding.searched is None else z[:, : embedding.searched]
             vectors.add(np.ascontiguousarray(searched.numpy()))
 

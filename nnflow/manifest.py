@@ -9,7 +9,7 @@ from typing import Any
 from nnflow.errors import StoreError
 from nnflow.files import file_mark, read_json, shown
 
-FORMAT = "nnflow-index-2"
+FORMAT = "nnflow-index-3"
 MANIFEST, EMBEDDING, INDEX = "manifest.json", "embedding.safetensors", "index.faiss"
 COORDINATES = "coordinates.npy"
 

@@ -12,7 +12,7 @@ t; image i settles where it reaches `risk`. An image with a near-duplicate settl
 
 The j are all other images and all mirror images, so that one time serves fields with and without mirror
 images and of one class. Distances are those of the coordinates, which are no longer than those of the
-pixels: the bound stays one. Pairs too close for bfloat16 are measured in pixels.
+pixels: the bound stays one. Pairs too close for them are measured in pixels.
 
 Axes:  n images   b images of a block   B = 2b, they and their mirror images   R coordinates   D = C*H*W
 """
@@ -25,31 +25,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from nnflow.coordinates import bfloat16_is_fast
+from nnflow import integers
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.files import shown, whole_file
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.products import BITS, FAINTEST, Buffer
 from nnflow.store import ImageStore
 
 SETTLING = "settling.npz"
 FORMAT = "nnflow-settling-1"
 
 _BLOCK = 64  # images, hence 128 queries; twice as many are no faster at n = 50,000
-_TILE = 1 << 14  # rows made float32 at a time where products of bfloat16 are slow
-_CELLS = 6_400_000  # terms summed at once: their float32 copy stays in memory that malloc reuses
+_TILE = 1 << 13  # images whose products with a block are taken at once
 _TIMED = 4  # blocks after which the rest of the time is foreseen
-# bfloat16 moves a coordinate by 2^-9 of itself: too much (7 % of d^2) for pairs closer than this share of the
-# image's own length, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
-_CLOSE = 1 / 8
+# Two digits move an image by up to 0.035 % of its length: too much (4 % of d^2) for pairs closer than this
+# share of it, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
+_CLOSE = 1 / 24
 _CLOSEST = 0.1
 _CROWD = 32  # images with more others that close never settle
+_SUMMED = 1e-4  # of float32 sums and exponentials, relative
 _HALVINGS = 26  # of [0, 1]: below float32's spacing near 1
 
 
@@ -164,10 +165,21 @@ class _Crowd:
     """All images and their mirror images, as each image sees them."""
 
     def __init__(self, index: NeighbourIndex, fall: float) -> None:
-        self.coordinates = index.coordinates
+        self.embedding = index.embedding
         self.rows = PixelRows(index.store.pixels)
         self.shape = index.store.shape[1:]
         self.fall = fall  # of the nearest's term in L(scale): exp(-fall)
+        count, rank = len(index), len(self.embedding.principal)
+        # z_j = unit_j (254 high_j + low_j): two bytes a coordinate, because one would hide near-duplicates
+        self.digits = torch.empty(2, count, rank, dtype=torch.int8)
+        self.units, self.squares = torch.empty(count), torch.empty(count)
+        for start in range(0, count, _TILE):
+            z = self.embedding.project(self._images(start, min(start + _TILE, count)))
+            digits, units = integers.two_digits(z)
+            self.digits[:, start : start + len(z)] = digits.view(2, *z.shape)
+            self.units[start : start + len(z)] = units
+            self.squares[start : start + len(z)] = z.square().sum(1)
+        self._buffer = Buffer()
 
     def others(self, start: int, stop: int) -> _Others:
         """The distances of images `start` to `stop`."""
@@ -180,38 +192,42 @@ class _Crowd:
         close, crowded = self._take_close(exponents, peak, (_CLOSE * length).clamp_min(_CLOSEST), start)
         # Where there is no other, an impossible distance: no two images are further apart than 2 sqrt(D).
         square = (-2 * peak.float()).clamp_max(4 * self.rows.dim).view(2, -1).amin(0)
-        factor = (2 * self.fall / square).bfloat16()
-        terms = exponents.mul_(factor.repeat(2)[:, None]).exp_()
-        kept = 1 - _rounding(length / square.sqrt()).double()
+        factor = 2 * self.fall / square
+        terms = exponents.mul_(BITS * factor.repeat(2)[:, None]).clamp_min_(FAINTEST).exp2_()
+        kept = 1 - _rounding(length / square.sqrt(), self.digits.shape[2]).double()
         return _Others(
             nearest=(square.double() * kept).sqrt().masked_fill(crowded, 0.0),
             scale=0.5 * factor.double() / kept,
-            # each term is rounded to 2^-9 of itself, its square to 2^-8 and 2^-9
-            once=_log_sums(terms) + 2**-7,
-            twice=_log_sums(terms.square_()) + 2**-6,
+            once=_log_sums(terms) + _SUMMED,
+            twice=_log_sums(terms.square_()) + _SUMMED,
             close=close,
         )
 
-    def _coordinates(self, start: int, stop: int) -> Float[Tensor, "B R"]:
-        """Those of the images, then those of their mirror images, rounded to bfloat16."""
-        plain = self.coordinates.values(self.coordinates.rows[start:stop].float())
-        images = self.rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
-        mirrored = self.coordinates.embedding.project(self._mirror(images))
-        return torch.cat([plain, mirrored.bfloat16().float()])
+    def _images(self, start: int, stop: int) -> Float[Tensor, "b D"]:
+        return self.rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
 
-    def _exponents(self, z: Float[Tensor, "B R"]) -> BFloat16[Tensor, "B n"]:
-        """-|z - z_j|^2 / 2 for every image j: the logits of a query at t = 1/2 that holds no noise."""
-        half = torch.full((len(z),), 0.5)
-        query = self.coordinates.query(0.5 * z, half, 0.5 * z.double().square().sum(1))
-        if bfloat16_is_fast("cpu"):
-            return query @ self.coordinates.rows.T
-        tiles = self.coordinates.rows.split(_TILE)
-        return torch.cat([(query.float() @ tile.float().T).bfloat16() for tile in tiles], 1)
+    def _coordinates(self, start: int, stop: int) -> Float[Tensor, "B R"]:
+        """Those of the images, then those of their mirror images."""
+        images = self._images(start, stop)
+        return self.embedding.project(torch.cat([images, self._mirror(images)]))
+
+    def _exponents(self, z: Float[Tensor, "B R"]) -> Float[Tensor, "B n"]:
+        """-|z - z_j|^2 / 2 for every image j."""
+        digits, units = integers.two_digits(z)
+        count, base = self.digits.shape[1], 2 * integers.LEVELS
+        exponents = self._buffer.take((len(z), count), z)
+        for start in range(0, count, _TILE):
+            here = slice(start, min(start + _TILE, count))
+            high, low = (integers.product(digits, rows[here].T) for rows in self.digits)
+            some = torch.mul(high[: len(z)], float(base**2), out=exponents[:, here])
+            some.add_(high[len(z) :], alpha=base).add_(low[: len(z)], alpha=base).add_(low[len(z) :])
+            some.mul_(units[:, None]).mul_(self.units[here]).sub_(self.squares[here], alpha=0.5)
+        return exponents.sub_(z.square().sum(1, keepdim=True), alpha=0.5)
 
     def _take_close(
         self,
-        exponents: BFloat16[Tensor, "B n"],
-        peak: BFloat16[Tensor, " B"],
+        exponents: Float[Tensor, "B n"],
+        peak: Float[Tensor, " B"],
         within: Float[Tensor, " b"],
         start: int,
     ) -> tuple[Float[Tensor, "b K"], Bool[Tensor, " b"]]:
@@ -255,22 +271,19 @@ class _Crowd:
         return x.view(len(x), *self.shape).flip(-1).flatten(1)
 
 
-def _log_sums(terms: BFloat16[Tensor, "B n"]) -> Float[Tensor, " b"]:
+def _log_sums(terms: Float[Tensor, "B n"]) -> Float[Tensor, " b"]:
     """Logarithms of the sums over the images and the mirror images, float64."""
-    pieces = terms.split(max(1, _CELLS // terms.shape[1]))
-    sums = torch.cat([some.sum(1, dtype=torch.float32) for some in pieces])
-    return sums.double().view(2, -1).sum(0).clamp_min(1e-38).log()
+    return terms.sum(1).double().view(2, -1).sum(0).clamp_min(1e-38).log()
 
 
-def _rounding(ratio: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """How much too large bfloat16 can make a squared distance, relative; `ratio` is |z| / distance.
+def _rounding(ratio: Float[Tensor, " b"], rank: int) -> Float[Tensor, " b"]:
+    """How much too large a squared distance can come out, relative; `ratio` is |z| / distance.
 
-    |z_j| <= |z| + d. Each coordinate is off by 2^-9 of itself, so the distance by 2^-9 (|z| + |z_j|); the
-    products, in float32, by what is left of the 16 bits of norms, 2^-17 (|z| + |z_j|)^2, and their own
-    rounding, about as much; the results by 2^-9, and 2^-9 again when they are scaled.
+    |z_j| <= |z| + d. Each coordinate is off by at most half a unit, a 64,516th of the largest, so the
+    distance by sqrt(rank) times that share of |z| + |z_j|; float32 adds 2^-20 of (|z| + |z_j|)^2.
     """
     both = 2 * ratio + 1
-    return 2**-8 * both + 2**-16 * both.square() + 2**-8
+    return 2 * rank**0.5 / 64_516 * both + 2**-20 * both.square()
 
 
 def write_settling(store: ImageStore, times: Float[Tensor, " n"]) -> None:

@@ -13,6 +13,7 @@ from stores import store_of
 from torch import Tensor
 
 from nnflow import embedding as module
+from nnflow import integers
 from nnflow.embedding import FORMAT, Embedding, collapse_time, embedding_digest, fit_embedding
 from nnflow.errors import InputError, StoreError
 from nnflow.pixels import PixelRows
@@ -126,11 +127,13 @@ def test_a_small_residual_of_strong_images_is_bounded() -> None:
         rows = PixelRows((127 + strength * pattern + weak).to(torch.uint8))
         directions = pattern[None].float() / math.sqrt(D)
         mean = torch.zeros(D)
-        _, radius, residual = module._measure(rows, mean, directions, ROOMY)
+        found = module._measure(rows, mean, directions, 1, ROOMY)
+        radius, residual = found.radius, found.residual_radius
         x = rows.pixels.double() / 127.5 - 1
         along = (x @ directions.double().T) @ directions.double()
         outside = (x - along).norm(dim=1).max().item()
         assert x.norm(dim=1).max() <= radius
+        assert found.peaks.item() == pytest.approx((x @ directions.double().T).abs().max().item(), rel=1e-5)
         assert outside <= residual <= 1.01 * outside
         centred = rows.pixels / 127.5 - 1
         plain = centred.square().sum(1) - (centred @ directions.T).square().sum(1)
@@ -174,7 +177,7 @@ def test_a_budget_below_the_covariance_is_refused(store: ImageStore) -> None:
 def test_sums_do_not_depend_on_integer_products(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert D >= module._INTEGER_DIM, "the integer products are not used: the test would prove nothing"
     wanted = fit(store, 6)
-    monkeypatch.setattr(module, "_integers_are_exact", lambda: False)
+    monkeypatch.setattr(integers, "are_fast", lambda: False)
     monkeypatch.setattr(module, "_EXACT_ROWS", 71)
     found = fit(store, 6)
     assert torch.equal(found.spectrum, wanted.spectrum)
@@ -188,34 +191,13 @@ def test_products_of_extreme_bytes_are_exact(
     rows: int, dim: int, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not whole:
-        monkeypatch.setattr(module, "_integers_are_exact", lambda: False)
+        monkeypatch.setattr(integers, "are_fast", lambda: False)
     generator = torch.Generator().manual_seed(0)
     choices = torch.tensor([-128, 127, 127, -127])
     block = choices[torch.randint(4, (rows, dim), generator=generator)].to(torch.int8)
     block[:, 0] = -128
     wide = block.numpy().astype(np.int64)
     assert torch.equal(module._integer_gram(block).long(), torch.from_numpy(wide.T @ wide))
-
-
-@pytest.mark.parametrize("problem", ["saturates", "refuses", "absent"])
-def test_a_processor_whose_integer_products_are_wrong_is_found_out(
-    problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def saturating(a: Tensor, b: Tensor) -> Tensor:
-        return (a.int() @ b.int()).clamp_max(8160)
-
-    def refusing(a: Tensor, b: Tensor) -> Tensor:
-        raise RuntimeError("not in this build")
-
-    if problem == "absent":
-        monkeypatch.delattr(torch, "_int_mm")
-    else:
-        monkeypatch.setattr(torch, "_int_mm", saturating if problem == "saturates" else refusing)
-    module._integers_are_exact.cache_clear()
-    try:
-        assert not module._integers_are_exact()
-    finally:
-        module._integers_are_exact.cache_clear()
 
 
 class TestWideImages:

@@ -91,9 +91,10 @@ def mixture_velocity(
     variances[KEPT:] = variances[KEPT:].mean()
     query = x.double().flatten().clone().requires_grad_()
     logs = [MultivariateNormal(t * images[near], (1 - t) ** 2 * torch.eye(D).double()).log_prob(query)]
+    held = index.coordinates.values(index.coordinates.rows).double()
     for rank, ids in ranks.items():
         head, rest = whole[:, :rank], whole[:, rank:]
-        means = centre + (images[ids] - centre) @ head @ head.T
+        means = centre + held[ids, :rank] @ head.T
         covariance = (1 - t) ** 2 * torch.eye(D).double() + t**2 * (rest * variances[rank:]) @ rest.T
         factor = torch.linalg.cholesky(covariance)
         logs.append(MultivariateNormal(t * means, scale_tril=factor).log_prob(query))
@@ -106,22 +107,26 @@ def mixture_velocity(
 def test_velocity_is_that_of_the_blurred_mixture(
     index: NeighbourIndex, time: float, levels: list[tuple[int, int]]
 ) -> None:
-    """Which image goes how far is read off the logits in float64; all else is the oracle's own."""
+    """Which image goes how far is read off the logits in float64; all else is the oracle's own.
+
+    The coordinates are those that bytes hold.
+    """
     x, t = queries(index.store, time, count=3)
     found = field_of(index, levels).estimate(x, t)
-    images = all_images(index.store)
+    images, held = all_images(index.store), index.coordinates.values(index.coordinates.rows).double()
     for row in range(len(x)):
         left, ranks = torch.arange(N), {}
         for rank, keep in levels:
             head = index.embedding.principal[:rank].double()
-            inside = ((x[row].double().flatten() - time * images[left]) @ head.T).square().sum(1)
+            y = (x[row].double().flatten() - time * index.embedding.mean.double()) @ head.T
+            inside = (y - time * held[left, :rank]).square().sum(1)
             best = inside.topk(keep, largest=False).indices
             behind = torch.ones(len(left), dtype=torch.bool)
             behind[best] = False
             ranks[rank], left = left[behind], left[best]
         wanted = mixture_velocity(index, x[row], time, left, ranks)
         error = (found.velocity[row].flatten().double() - wanted).norm() / wanted.norm()
-        assert error < 2e-3, f"{levels} at {time}: {error:.1e}"  # bfloat16 keeps 8 bits
+        assert error < 5e-4, f"{levels} at {time}: {error:.1e}"
         if time < 0.2:
             plain = oracle(images[left], x[row : row + 1], t[:1]).flatten()
             assert (plain - wanted).norm() / wanted.norm() > 0.02, "no far field to speak of: proves nothing"
@@ -211,11 +216,11 @@ def test_one_class_sums_its_own_images(tmp_path: Path) -> None:
 
 
 def test_products_in_float32_say_the_same(index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor without bfloat16 does."""
+    """What a processor without products of bytes does."""
     x, t = queries(index.store, 0.1, count=9)
     fast = field_of(index, [(32, 40), (64, 9)])(x, t)
-    monkeypatch.setattr("nnflow.products.bfloat16_is_fast", lambda device: False)
-    torch.testing.assert_close(field_of(index, [(32, 40), (64, 9)])(x, t), fast, rtol=1e-3, atol=3e-3)
+    monkeypatch.setattr("nnflow.integers.are_fast", lambda: False)
+    torch.testing.assert_close(field_of(index, [(32, 40), (64, 9)])(x, t), fast, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("levels", [[(64, 30)], [(32, 60), (64, 20)]])
@@ -235,7 +240,7 @@ def test_the_certificate_of_what_is_dropped_holds_and_says_something(
 
 
 def test_the_certificate_allows_for_rounding(tmp_path: Path) -> None:
-    """Twins, late, and one of each pair left out: eight bits do not say which is the nearer."""
+    """Twins, late, and one of each pair left out: bytes do not say which is the nearer."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 216, (40, 3, 4, 4), generator=generator)
     pixels[1::2] = pixels[::2]
@@ -256,7 +261,7 @@ def test_the_certificate_allows_for_rounding(tmp_path: Path) -> None:
 
 
 def test_off_every_path_the_order_of_candidates_is_still_found(index: NeighbourIndex) -> None:
-    """Logits of many thousands, all alike in their leading 8 bits until they are shifted again."""
+    """Logits of many thousands, alike in their leading digits."""
     generator = torch.Generator().manual_seed(4)
     x = 3 * torch.randn(60, *index.store.shape[1:], generator=generator)
     t = torch.full((60,), 0.9)

@@ -487,14 +487,14 @@ class TestFolder:
         with refused(StoreError, r"out\\n/manifest\.json: .*an index manifest"):
             NeighbourIndex.open(folder)
 
-    @pytest.mark.parametrize("value", ["nnflow-index-0", None, 7, ["nnflow-index-2"]])
+    @pytest.mark.parametrize("value", ["nnflow-index-0", None, 7, ["nnflow-index-3"]])
     def test_a_manifest_of_another_version(self, folder: Path, edit: dict[str, Any], value: object) -> None:
         write_json(folder / "manifest.json", edit | {"format": value})
-        with refused(StoreError, r"manifest\.json: format .*, wanted nnflow-index-2"):
+        with refused(StoreError, r"manifest\.json: format .*, wanted nnflow-index-3"):
             NeighbourIndex.open(folder)
         # and the fix it names works
         assert len(build(ImageStore.open(folder), 6)) == 50
-        assert NeighbourIndex.open(folder).manifest["format"] == "nnflow-index-2"
+        assert NeighbourIndex.open(folder).manifest["format"] == "nnflow-index-3"
 
     def test_a_manifest_without_any_one_of_its_keys(self, folder: Path, edit: dict[str, Any]) -> None:
         for key in edit.keys() - {"format"}:

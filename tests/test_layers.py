@@ -13,7 +13,7 @@ ROOT = Path(nnflow.__file__).parent
 # A module imports only from those above it.
 ORDER = """
 errors memory files path weighted pixels sources decode hdf5file ingest store
-embedding coordinates faiss_backend manifest index support nearfield scan
+integers embedding coordinates faiss_backend manifest index support nearfield scan
 residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
 sampling metrics evaluation sheet plots curves

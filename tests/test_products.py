@@ -1,4 +1,4 @@
-"""Products in blocks against whole ones; the largest against a sort; the buffer."""
+"""Products in blocks against whole ones in float64; the largest against a sort; the buffer."""
 
 import threading
 
@@ -6,17 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnflow import integers
 from nnflow import products as module
-from nnflow.products import Buffer, scores_of, weighted
+from nnflow.products import Buffer, masses, scores_of, weighted
+
+R = 20
 
 
-def rows_of(count: int, width: int = 20) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(count)).bfloat16()
+def rows_of(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(-127, 128, (count, R), generator=generator, dtype=torch.int8)
 
 
-@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def queries(count: int = 6) -> tuple[Tensor, Tensor]:
+    """Rows of values and falls that make logits of a few tens."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(count, R, generator=generator) / 30, torch.rand(count, generator=generator)
+
+
+def squares_of(*shape: int) -> Tensor:
+    return 30 * torch.rand(shape, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(params=[True, False], ids=["bytes", "float32"])
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: request.param)
+    if request.param and not integers.are_fast():
+        pytest.skip("this processor has no exact products of bytes")
+    monkeypatch.setattr(integers, "are_fast", lambda: request.param)
     monkeypatch.setattr(module, "_BLOCK_ROWS", 96)
     return bool(request.param)
 
@@ -25,11 +41,13 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     ("count", "k"), [(5000, 3), (5001, 40), (5015, 1), (40, 40), (47, 2), (16, 1), (250, 9)]
 )
 def test_logits_and_the_highest_of_them(count: int, k: int, fast: bool) -> None:
-    rows, row = rows_of(count), rows_of(6)
-    rows[-1] = 9 * row[0]  # the largest of the first query lies beyond the last whole group
-    found = scores_of(row, rows, Buffer())
-    wanted = row.float() @ rows.float().T
-    torch.testing.assert_close(found.values.float(), wanted, rtol=2**-8, atol=1e-5)
+    rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
+    rows[-1] = (127 * row[0] / row[0].abs().max()).to(torch.int8)  # the first query's largest is in no group
+    squares[-1] = 0
+    found = scores_of(row, fall, rows, squares, Buffer())
+    wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
+    # half a unit of each value, 1e-5 of the largest, times 127
+    torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
     values, places = found.highest(k)
     assert torch.equal(values, found.values.sort(1, descending=True).values[:, :k])
     assert torch.equal(values, found.values.gather(1, places))
@@ -39,28 +57,69 @@ def test_logits_and_the_highest_of_them(count: int, k: int, fast: bool) -> None:
 
 
 def test_each_query_with_images_of_its_own(fast: bool) -> None:
-    rows, row = rows_of(60).view(6, 10, 20), rows_of(6)
-    found = scores_of(row, rows, Buffer())
-    torch.testing.assert_close(
-        found.values.float(), torch.einsum("ba,bka->bk", row.float(), rows.float()), rtol=2**-8, atol=1e-5
-    )
+    rows, squares, (row, fall) = rows_of(60).view(6, 10, R), squares_of(6, 10), queries()
+    found = scores_of(row, fall, rows, squares, Buffer())
+    wanted = torch.einsum("ba,bka->bk", row.double(), rows.double()) - fall.double()[:, None] * squares
+    torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
     values, places = found.highest(4)
     assert torch.equal(values, found.values.gather(1, places))
     assert torch.equal(values[:, 0], found.values.amax(1))
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_weighted_sums(own: bool, fast: bool) -> None:
-    scores = 3 * torch.randn(6, 330, generator=torch.Generator().manual_seed(0))
+def some_scores(count: int) -> Tensor:
+    scores = 3 * torch.randn(6, count, generator=torch.Generator().manual_seed(0))
     scores[:, 7] = -torch.inf
-    rows = rows_of(6 * 330).view(6, 330, 20) if own else rows_of(330)
-    found = weighted(scores, scores.amax(1), rows)
+    scores[1] -= 300
+    return scores
+
+
+@pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
+def test_masses(asked: list[int], fast: bool) -> None:
+    scores = some_scores(330)
+    found, squares = masses(scores, scores.amax(1) + 1, torch.tensor(asked, dtype=torch.int64))
+    torch.testing.assert_close(found, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(squares, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
+def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
+    scores = some_scores(330)
+    rows = rows_of(6 * 330).view(6, 330, R) if own else rows_of(330)
+    found = weighted(scores, scores.amax(1), rows, torch.tensor(asked, dtype=torch.int64))
+    torch.testing.assert_close(found.log_mass, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
+    )
     weights = (scores - scores.amax(1, keepdim=True)).double().exp()
-    torch.testing.assert_close(found.log_mass, weights.sum(1).log(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.log_square, weights.square().sum(1).log(), rtol=1e-5, atol=1e-6)
+    whole = (weights * 16_383).round()
+    assert ((whole / 16_383 - weights)[:, :100].abs() > 1e-6).any(), "nothing is rounded: proves nothing"
+    weights = whole / whole.sum(1, keepdim=True)
     each = rows.double() if own else rows.double().expand(6, -1, -1)
-    mean = torch.einsum("bk,bka->ba", weights / weights.sum(1, keepdim=True), each)
-    torch.testing.assert_close(found.mean.double(), mean, rtol=0.02, atol=3e-3)
+    wanted = torch.einsum("bk,bka->ba", weights, each)[asked]
+    # a weight that lies between two whole numbers may go either way: bytes of 127 by a 16,383rd
+    torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_rounded_logits_of_a_million_overflow_no_digit(own: bool) -> None:
+    scores = torch.full((6, 40), 1e6)
+    scores[:, 3] += 0.25  # above `top`: 16,383 exp(1/4) would be 21,036, a high digit of 164
+    rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
+    found = weighted(scores, torch.full((6,), 1e6), rows, torch.arange(6))
+    wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)
+    torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("count", [40, 333, 5001])
+def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int, fast: bool) -> None:
+    rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
+    found = scores_of(row, fall, rows, squares, Buffer())
+    top = found.highest(5)[0][:, -1]
+    wanted = torch.minimum(found.values, top[:, None]).double().logsumexp(1)
+    bound = found.log_bound(top)
+    assert (bound >= wanted).all()
+    assert (bound <= wanted + torch.tensor(18.0).log()).all()
 
 
 def test_a_buffer_is_one_for_each_thread() -> None:
@@ -68,7 +127,6 @@ def test_a_buffer_is_one_for_each_thread() -> None:
     first = buffer.take((3, 4), like)
     assert buffer.take((2, 5), like).data_ptr() == first.data_ptr()
     assert buffer.take((30, 4), like).shape == (30, 4)
-    assert buffer.take((2, 2), torch.zeros(1).bfloat16()).dtype == torch.bfloat16
     here, there = buffer.take((3, 4), like), []
     thread = threading.Thread(target=lambda: there.append(buffer.take((3, 4), like)))
     thread.start()

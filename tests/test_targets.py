@@ -204,7 +204,7 @@ def test_unbiased_target_leaves_a_far_field_out(store: ImageStore) -> None:
     ids = torch.arange(20)
     x1 = store.images(ids)
     x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(4))
-    t = torch.full((20,), 0.2)
+    t = torch.full((20,), 0.25)
     _, xt, ut = make_matcher("efm-unbiased", store, field=field).sample_location_and_conditional_flow(
         x0, x1, t, ids=ids
     )
