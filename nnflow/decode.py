@@ -1,11 +1,18 @@
-"""The bytes of an image file to uint8 pixels (C, H, W) of a stated size and number of channels.
+"""An image file's bytes, or its pixels, to uint8 (C, H, W) of a stated size and number of channels.
 
 Upright (EXIF), composed on a background where transparent, 16-bit grey scaled to 8 by 257, cut to
 the middle square, resampled by LANCZOS. An opaque 8-bit image that has the size already keeps its
 values bit for bit. Colours are taken as stored: embedded colour profiles are not applied.
+
+A JPEG at least 4 times too large is halved (quartered, ...) while it is decoded, by libjpeg's scaled
+inverse DCT, and LANCZOS does the rest, always a reduction by 2 or more. Measured on Imagenette,
+against decoding it whole: 224 pixels to 32, 0.27 instead of 0.53 ms an image and 0.6 grey levels of
+difference (root mean square; 1 value in 100 differs by more than 2); 500 x 375 to 64, 0.74 instead
+of 1.58 ms and 0.6. Leaving LANCZOS less than a factor of 2 would save another third, at 2.0.
 """
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -84,18 +91,28 @@ class Decoder:
         """(C, H, W) of what `decode` returns."""
         return (1 if self.grey else 3, self.size, self.size)
 
-    def decode(self, content: bytes, path: str) -> UInt8[np.ndarray, "C H W"]:
-        """The image in `content`; `path` only names it.
+    def decode(
+        self, content: bytes | UInt8[np.ndarray, "H0 W0 *C0"], path: str
+    ) -> UInt8[np.ndarray, "C H W"]:
+        """The image in `content`, a file's bytes or (H, W) grey or (H, W, 3) RGB; `path` only names it.
 
         Raises:
             UnreadableImageError: empty, no image of a known format, cut off, or far too large.
         """
+        if isinstance(content, np.ndarray):
+            return self._fitted(Image.fromarray(content))
         if not content:
             raise UnreadableImageError(path, "an empty file")
         try:
             image = _open(content, path)
-            image = _turned(_flat(image, self.background), _orientation(image))
-            return self._fitted(image)
+            whole = image.size
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.draft(None, (2 * self.size, 2 * self.size))
+            _load(image, content)
+            flat = _flat(image, self.background)
+            if image.size != whole:
+                flat = _shrunk(flat, whole, self.size)
+            return self._fitted(_turned(flat, _orientation(image)))
         except UnreadableImageError:
             raise
         except Exception as error:
@@ -126,7 +143,7 @@ def _no_colour(text: object) -> str:
 
 
 def _open(content: bytes, path: str) -> Image.Image:
-    """The first frame, decoded."""
+    """The first frame, not decoded yet."""
     opener = next((make for magic, make in _OPENERS if content.startswith(magic)), None)
     if opener is None:
         raise UnreadableImageError(path, "not an image of a known format, whatever its name says")
@@ -136,14 +153,13 @@ def _open(content: bytes, path: str) -> Image.Image:
         raise UnreadableImageError(
             path, f"{width} x {height} pixels; wanted at most {MAX_PIXELS:,} in one image"
         )
-    depth = content[24] if image.format == "PNG" else 8
-    image.load()
-    _scale_transparency(image, depth)
     return image
 
 
-def _scale_transparency(image: Image.Image, depth: int) -> None:
-    """PNG names its transparent colour in the file's depth; Pillow scales only the pixels."""
+def _load(image: Image.Image, content: bytes) -> None:
+    """Decodes. PNG names its transparent colour in the file's depth; Pillow scales only the pixels."""
+    depth = content[24] if image.format == "PNG" else 8
+    image.load()
     colour = image.info.get("transparency")
     if isinstance(colour, int) and image.mode == "L" and depth < 8:
         image.info["transparency"] = colour * {1: 255, 2: 85, 4: 17}[depth]
@@ -176,6 +192,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return grey
     alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
+
+
+def _shrunk(image: Image.Image, whole: tuple[int, int], size: int) -> Image.Image:
+    """The middle square of a JPEG decoded at a fraction of its `whole` size, at `size`.
+
+    The same square as of the whole image, whose edges fall between the pixels of this one.
+    """
+    scale = round(whole[0] / image.width)  # the last row and column may stand for fewer pixels
+    short = min(whole)
+    left, top = ((side - short) // 2 / scale for side in whole)
+    right, bottom = left + short / scale, top + short / scale
+    outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    box = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+    return image.crop(outer).resize((size, size), Image.Resampling.LANCZOS, box)
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:

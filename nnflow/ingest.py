@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from nnflow import hdf5file
@@ -29,7 +30,7 @@ from nnflow.sources import Item, Source, UnreadableImageError, open_source
 IMAGES = "images.h5"
 SKIPPED = "skipped.csv"
 _CHUNK_BYTES = 1 << 21  # of decoded rows per task ...
-_CHUNK_ITEMS = 16  # ... and images: a photograph takes up to 0.1 s, and a kill costs whole tasks
+_CHUNK_ITEMS = 16  # ... and images to decode: a photograph takes up to 0.1 s, and a kill costs whole tasks
 _QUEUED = 4  # tasks per worker in flight
 
 
@@ -51,6 +52,9 @@ def build_images(
     workers: int | None = None,
     skip_unreadable: bool = False,
     progress: bool = False,
+    limit: int | None = None,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Path:
     """Builds `out`/images.h5 from the images in `source`, or goes on where a killed build stopped.
 
@@ -58,7 +62,7 @@ def build_images(
     source and parameters is returned as it is, without decoding.
 
     Args:
-        source: a folder or zip of images (see `sources`).
+        source: images in any of the forms that `sources` lists.
         out: the folder; made if missing.
         size: height and width of the stored images, in pixels.
         grey: store one channel instead of three.
@@ -66,6 +70,9 @@ def build_images(
         workers: decoding threads; one per core by default.
         skip_unreadable: leave out images that cannot be read and list them in skipped.csv.
         progress: show a bar on stderr.
+        limit: store no more images than this, drawn at random by `seed`; all by default.
+        classes: store only images of the classes called so; all by default.
+        seed: of that draw. Draws of one seed are nested: a larger `limit` has the images of a smaller.
 
     Raises:
         SourceError: no such source, no images, or (without `skip_unreadable`) one unreadable image.
@@ -77,7 +84,7 @@ def build_images(
     if workers < 1:
         raise InputError(f"{workers} workers: wanted at least one")
     out = Path(out)
-    with open_source(source) as images:
+    with open_source(source, limit=limit, classes=classes, seed=seed) as images:
         recipe = Recipe(**dataclasses.asdict(decoder), source=images.digest, listed=len(images.items))
         whole = out / IMAGES
         if os.path.lexists(whole):
@@ -201,16 +208,17 @@ class _Build:
 
     def _allocate(self, path: Path, items: Sequence[Item]) -> None:
         """An images.h5 for `items` without its pixels, its room on the disk reserved."""
-        classes = sorted({item.group for item in items if item.group is not None})
+        listed = [(item.group, item.path) for item in items]  # one pass: items may be made on the way
+        classes = sorted({group for group, _ in listed if group is not None})
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = [-1 if item.group is None else numbers[item.group] for item in items]
+        labels = [-1 if group is None else numbers[group] for group, _ in listed]
         hdf5file.create(
             path,
             (len(items), *self.decoder.shape),
             self.recipe,
             labels=np.asarray(labels, np.int64),
             classes=classes,
-            paths=Texts.of([item.path for item in items]),
+            paths=Texts.of([path for _, path in listed]),
         )
 
     def _without(self, unreadable: dict[int, UnreadableImageError], rows: Rows) -> Path:
@@ -235,8 +243,10 @@ def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
     Raises:
         SourceError: the first unreadable image, or with `skip_unreadable` when none was readable.
     """
-    todo = np.flatnonzero(~rows.done).tolist()
-    step = max(1, min(_CHUNK_ITEMS, _CHUNK_BYTES // rows.header.row_bytes))
+    todo = build.source.reading_order(np.flatnonzero(~rows.done))
+    held = build.source.holds(build.decoder.shape)
+    step = max(1, _CHUNK_BYTES // rows.header.row_bytes)
+    step, work = (step, _copy_some) if held else (min(step, _CHUNK_ITEMS), _decode_some)
     unreadable: dict[int, UnreadableImageError] = {}
     total = len(rows.done)
     bar = tqdm(
@@ -250,7 +260,7 @@ def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
         pending: deque[Future[_Outcome]] = deque()
         try:
             for first in range(0, len(todo), step):
-                pending.append(pool.submit(_decode_some, build, rows, todo[first : first + step]))
+                pending.append(pool.submit(work, build, rows, todo[first : first + step]))
                 if len(pending) >= _QUEUED * build.workers:
                     bar.update(_collect(build, rows, pending.popleft(), unreadable))
             while pending:
@@ -267,11 +277,11 @@ def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
     return unreadable
 
 
-def _decode_some(build: _Build, rows: Rows, positions: list[int]) -> _Outcome:
+def _decode_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) -> _Outcome:
     block = np.empty((len(positions), *rows.header.shape[1:]), np.uint8)
     done: list[int] = []
     unreadable = {}
-    for position in positions:
+    for position in positions.tolist():
         item = build.source.items[position]
         try:
             block[len(done)] = build.decoder.decode(build.source.read(item), item.path)
@@ -279,8 +289,17 @@ def _decode_some(build: _Build, rows: Rows, positions: list[int]) -> _Outcome:
         except UnreadableImageError as error:
             # Not `error` itself: its traceback would keep the block of every such task alive.
             unreadable[position] = UnreadableImageError(error.path, error.cause)
-    rows.put(done, block)
+    by_row = np.argsort(done)
+    rows.put([done[i] for i in by_row], block[by_row])
     return _Outcome(done, unreadable)
+
+
+def _copy_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) -> _Outcome:
+    """Pixels that need no decoding."""
+    positions = np.sort(positions)
+    done: list[int] = positions.tolist()
+    rows.put(done, build.source.block(positions))
+    return _Outcome(done, {})
 
 
 def _collect(
@@ -294,8 +313,9 @@ def _collect(
     rows.note(outcome.done)
     unreadable |= outcome.unreadable
     if outcome.unreadable and not build.skip_unreadable:
-        # Tasks are collected in order, so this is the same image whatever the number of workers.
-        first = outcome.unreadable[min(outcome.unreadable)]
+        # Tasks are collected in the order of reading, and each has its images in that order, so this
+        # is the same image whatever the number of workers.
+        first = next(iter(outcome.unreadable.values()))
         raise UnreadableImageError(
             first.path,
             f"{first.cause}; pass --skip-unreadable to leave it out (what is read is kept)",

@@ -56,6 +56,9 @@ class ImageStore:
         workers: int | None = None,
         skip_unreadable: bool = False,
         progress: bool = False,
+        limit: int | None = None,
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> "ImageStore":
         """The images of `source` in the folder `path`: built, finished after a kill, or reused.
 
@@ -74,6 +77,9 @@ class ImageStore:
                 workers=workers,
                 skip_unreadable=skip_unreadable,
                 progress=progress,
+                limit=limit,
+                classes=classes,
+                seed=seed,
             )
             return cls.open(path)
 

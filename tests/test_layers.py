@@ -12,7 +12,9 @@ ROOT = Path(nnflow.__file__).parent
 
 # A module imports only from those above it.
 ORDER = """
-errors memory files path weighted pixels sources decode hdf5file ingest store
+errors memory files path weighted pixels
+sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
+sources.subset sources decode hdf5file ingest store
 integers embedding coordinates faiss_backend manifest index support nearfield scan
 residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
@@ -29,11 +31,12 @@ ONLY = {
     "accelerate": {"training"},
     "torchdiffeq": {"sampling"},
     "safetensors": {"embedding", "unet", "checkpoint"},
+    "pyarrow": {"sources.parquet"},
     "click": {name for name in ORDER if name.startswith("cli")},
 }
 NEVER = {"torchvision", "pickle", "scipy", "sklearn", "beartype", "pytest"}
 # A new user without the `train` extra, or who only wants arrays, imports nnflow without them.
-LAZY = {"diffusers", "accelerate", "tensorboard", "matplotlib"}
+LAZY = {"diffusers", "accelerate", "tensorboard", "matplotlib", "pyarrow"}
 
 
 def module_of(path: Path) -> str:
@@ -62,7 +65,7 @@ def imports(source: str) -> list[tuple[str, bool]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in {"import_module", "__import__", "train_extra"}:
+            if called in {"import_module", "__import__", "train_extra", "_pyarrow"}:
                 names = [str(node.args[0].value)]
         found += [(name, id(node) not in inside) for name in names]
     return found

@@ -5,6 +5,7 @@ import stat
 import tracemalloc
 import zipfile
 import zlib
+from dataclasses import replace
 
 import pytest
 from pictures import class_files, noise, saved, write_tree, write_zip
@@ -152,6 +153,43 @@ def test_digest_names_the_listing_not_the_place(tmp_path):
     ):
         assert digest(write_tree(tmp_path / f"other{number}", other)) != first
         assert digest(write_zip(tmp_path / f"other{number}.zip", other)) != zipped
+
+
+def test_digests_stay_what_they_were(tmp_path):
+    """Of the first release: a store is recognised, and goes on, by the digest of its source."""
+    classed = {
+        "cat/1.png": b"one",
+        "cat/deep/2.jpg": b"twotwo",
+        "dög/3.png": b"",
+        "dög/x y.webp": b"four" * 9,
+    }
+    wanted = [
+        "e70db2fa5f7afee2b1d1b81c0b172f9e",
+        "991def133743483681910e9ca00ef428",
+        "085e77076eeeb10dbde46bf7b94cfbb1",
+        "6278d72d3bad5faf748c993b8fcfd907",
+    ]
+    found = []
+    for name, files in (("classed", classed), ("flat", {"b.png": b"b", "a.jpeg": b"aa"})):
+        (tmp_path / name).mkdir()
+        for path in both(tmp_path / name, files):
+            with open_source(path) as source:
+                found.append(source.digest)
+    assert found == wanted
+
+
+def test_an_item_is_small(tmp_path):
+    """1.3 million of them, with their paths, are to fit beside everything else."""
+    files = {f"{group:04d}/{number:08d}.jpg": b"" for group in range(10) for number in range(300)}
+    for path in both(tmp_path, files):
+        with open_source(path) as source:
+            tracemalloc.start()
+            try:
+                held = [replace(item, path=item.path + "x", place=item.place + b"") for item in source.items]
+                size = tracemalloc.get_traced_memory()[0] / len(held)
+            finally:
+                tracemalloc.stop()
+            assert size < 250
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """nnflow index and nnflow info."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,28 @@ from nnflow.memory import format_bytes
 from nnflow.store import ImageStore
 
 
+class NamesType(click.ParamType):
+    """Names of classes with commas between them, as in one line of CSV."""
+
+    name = "name,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Each name."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            names = tuple(
+                name.strip() for name in next(csv.reader([value], skipinitialspace=True, strict=True))
+            )
+        except (csv.Error, StopIteration):
+            names = ()
+        if not all(names) or not names:
+            self.fail(f"{value!r}: wanted names of classes such as cat,dog", param, ctx)
+        return names
+
+
 @click.command()
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
@@ -30,6 +53,18 @@ from nnflow.store import ImageStore
 )
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Decoding threads; one per core.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, listed in skipped.csv.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Store N images drawn at random by --seed; those of a larger N contain them.",
+)
+@click.option(
+    "--classes",
+    type=NamesType(),
+    default=None,
+    help="Store only these classes, e.g. cat,dog; a name with a comma: '\"tench, Tinca tinca\",dog'.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random choices.")
 @click.option(
     "--calibration-seconds",
@@ -49,14 +84,18 @@ def index(
     kind: str,
     workers: int | None,
     skip_unreadable: bool,
+    limit: int | None,
+    classes: tuple[str, ...] | None,
     seed: int,
     calibration_seconds: float,
     memory: int,
 ) -> None:
-    """Index the images of SOURCE, a folder or a zip, in the folder OUT.
+    """Index the images of SOURCE in the folder OUT.
 
-    SOURCE holds one folder per class, or images without classes. A build that was stopped goes on with
-    the same command; a finished one is reused, and measured only where it has not been.
+    SOURCE holds one folder per class, or images without classes: a folder or a zip. Or it is WebDataset
+    shards (.tar), parquet tables of the Hugging Face hub, or uint8 arrays (.npz, .npy); several such
+    files are given as their folder, or by a pattern in quotes, 'DIR/train-*'. A build that was stopped
+    goes on with the same command; a finished one is reused, and measured only where it has not been.
     """
     store = ImageStore.build(
         source,
@@ -67,6 +106,9 @@ def index(
         workers=workers,
         skip_unreadable=skip_unreadable,
         progress=True,
+        limit=limit,
+        classes=classes,
+        seed=seed,
     )
     built = NeighbourIndex.build(store, out, rank=rank, kind=kind, memory=memory, seed=seed, progress=True)
     if calibration_seconds and isinstance(_calibration(built), StoreError):
