@@ -55,7 +55,7 @@ _TIMES = (
     0.7,
     0.9,
 )
-_COLLAPSE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)
+_COLLAPSE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 1.85)
 _LAST = 0.99
 _TOLERANCES = (0.05, 0.01, 0.003, 0.001)  # for which there is to be a ladder, also between two times
 _FINEST = min(_TOLERANCES)  # below which no dearer ladder is looked for

@@ -184,8 +184,9 @@ class Calibration:
 def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
     """One of the names of each of `costs`, of small sum with the `calls` of all names used.
 
-    From the cheapest of each, names are given up one by one while that makes the whole cheaper: the
-    best of all divisions is one of many thousands, and this is at most a few per cent from it.
+    From the cheapest of each, names are given up one by one, for any other or for one that is used already,
+    while that makes the whole cheaper: the best of all divisions is one of many thousands, and this is at
+    most a few per cent from it.
     """
 
     def cheapest(names: set[str]) -> tuple[tuple[str, ...], float]:
@@ -196,7 +197,7 @@ def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -
     names = set().union(*costs)
     best, least = cheapest(names)
     while True:
-        fewer = [names - {name} for name in sorted(set(best))]
+        fewer = [some - {name} for name in sorted(set(best)) for some in (names, set(best))]
         fewer = [some for some in fewer if all(set(cost) & some for cost in costs)]
         tried = [(*cheapest(some), some) for some in fewer]
         if not tried or min(whole for _, whole, _ in tried) >= least:

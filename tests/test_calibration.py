@@ -14,6 +14,7 @@ from test_farfield import smooth
 from torch import Tensor
 
 from nnflow import calibrating as measuring
+from nnflow import calibration as module
 from nnflow.calibrating import calibrate
 from nnflow.calibration import Calibration, Entry, Quantiles
 from nnflow.errors import InputError, StoreError
@@ -61,6 +62,11 @@ class TestPlan:
         assert table(*rows, calls=few).plan(0.01).ladders == ("128/9", "128/9", "64/9", "64/9")
         many = {"64/9": 0.1, "128/9": 2.6}
         assert table(*rows, calls=many).plan(0.01).ladders == ("64/9", "64/9", "64/9", "64/9")
+
+    def test_a_ladder_that_is_used_elsewhere_replaces_one_though_another_would_cost_less_here(self) -> None:
+        costs = [{"64/8": 1.0, "64/30": 1.2, "512/100": 1.3}, {"512/100": 5.0}]
+        calls = {"64/8": 3.0, "64/30": 3.0, "512/100": 3.0}
+        assert module._divided(costs, calls) == ("512/100", "512/100")
 
     def test_a_ladder_no_other_can_replace_stays(self) -> None:
         found = table((0.1, "64/9", 0.1, 0.001), (0.2, "128/9", 0.1, 0.001), calls={"64/9": 9e9})

@@ -33,7 +33,7 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     if request.param and not integers.are_fast():
         pytest.skip("this processor has no exact products of bytes")
     monkeypatch.setattr(integers, "are_fast", lambda: request.param)
-    monkeypatch.setattr(module, "_BLOCK_ROWS", 96)
+    monkeypatch.setattr(module, "_block_rows", lambda queries: 96)
     return bool(request.param)
 
 
@@ -120,6 +120,15 @@ def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int,
     bound = found.log_bound(top)
     assert (bound >= wanted).all()
     assert (bound <= wanted + torch.tensor(18.0).log()).all()
+
+
+@pytest.mark.parametrize("queries", [0, 1, 12, 30, 90, 289, 100_000])
+def test_blocks_are_powers_of_two_that_sum_within_int32(queries: int) -> None:
+    rows = module._block_rows(queries)
+    assert rows & (rows - 1) == 0
+    assert rows % 16 == 0
+    assert rows * 127**2 < 2**31
+    assert rows * queries <= 1 << 19 or rows == 1 << 11
 
 
 def test_a_buffer_is_one_for_each_thread() -> None:
