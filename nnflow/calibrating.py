@@ -31,6 +31,8 @@ LADDERS = (
     *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
     *("512/100", "512/300", "64/1000 512/100", "128/3000 512/100", "256/3000 512/300", "512/1000"),
 )
+# Besides, what the index finds by itself where it need not compare all images.
+SEARCHES = ("index/8", "index/32", "index/100")
 # Measured at every time: one ladder that serves two stretches saves a batch a call.
 _ALWAYS = {"64/30", "512/100", "128/100 alone", "512/100 alone"}
 # Times are measured at these, and at these multiples of the estimated collapse time, around which
@@ -87,7 +89,8 @@ class _Bench:
         self.exact = support_of(EXACT, index, self.rows, budget)
         count, dim = index.store.pixels.shape
         ladders = [name for name in LADDERS if _saves(Ladder.parse(name), index, count, dim)]
-        self.ways = {name: support_of(name, index, self.rows, budget) for name in ladders}
+        searches = [] if index.exact else [name for name in SEARCHES if int(name.split("/")[1]) < count]
+        self.ways = {name: support_of(name, index, self.rows, budget) for name in [*searches, *ladders]}
 
     def queries(self, t: float, count: int, *, held_in: bool) -> tuple[Tensor, Tensor]:
         """x_t (count, D) and times, made of the seed and t alone."""

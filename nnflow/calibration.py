@@ -6,6 +6,7 @@ the path from noise to data, not a bound for every query.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ from nnflow.farfield import NearAndFar
 from nnflow.files import read_json, shown, write_json
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
+from nnflow.nearfield import NearestImages
 from nnflow.pixels import PixelRows
 from nnflow.scan import AllImages
 from nnflow.support import Part, Support
@@ -277,11 +279,13 @@ class Calibrated(Support):
 
 
 def support_of(name: str, index: NeighbourIndex, rows: PixelRows, budget: int) -> Support:
-    """The way to sum that a calibration calls `name`.
+    """The way to sum that a calibration calls `name`: "exact", "index/32" or what a `Ladder` is called.
 
     Raises:
         InputError: no such name.
     """
     if name == EXACT:
         return AllImages(rows, budget=budget)
+    if searched := re.fullmatch(r"index/(\d{1,6})", name):
+        return NearestImages(index, rows, k=int(searched[1]), budget=budget)
     return NearAndFar(index, rows, ladder=Ladder.parse(name), budget=budget)

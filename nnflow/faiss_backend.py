@@ -6,12 +6,14 @@ faiss answers what it cannot do with a RuntimeError of its own words: here they 
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from nnflow.errors import InputError, MissingExtraError, StoreError
 from nnflow.files import shown, whole_file
+from nnflow.memory import format_bytes
 
 _CPU = ("faiss-cpu",)
 _GPU = ("faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs", "faiss-gpu-cuvs-cu12")
@@ -51,6 +53,8 @@ except ModuleNotFoundError as error:
         "nnflow needs faiss and finds none: pip install 'nnflow[cpu]', or 'nnflow[gpu]' with an NVIDIA GPU"
     ) from error
 
+# Above, lists pay: 128 late queries take 6 ms in bytes at 50,000 images and 130 ms at 1,281,167.
+_FLAT_AT_MOST = 200_000
 MAX_GPU_K = 2048  # faiss' GPU kernels answer no more neighbours than this
 
 
@@ -77,8 +81,9 @@ def make_index(kind: str, rank: int, count: int) -> Any:
     """
     if kind == "flat":
         return faiss.IndexFlatL2(rank)
-    if kind == "ivf":
-        kind = f"IVF{max(1, min(4 * round(math.sqrt(count)), count // 39))},Flat"
+    if kind in ("ivf", "ivfpq"):
+        lists = max(1, min(4 * round(math.sqrt(count)), count // 39))
+        kind = f"IVF{lists},{'Flat' if kind == 'ivf' else f'PQ{_subvectors(rank)}x8'}"
     elif "SQ8_direct" in kind:
         raise InputError(
             "index kind with SQ8_direct: it stores bytes, and coordinates are not bytes; use SQ8 or SQfp16"
@@ -89,6 +94,33 @@ def make_index(kind: str, rank: int, count: int) -> Any:
     if lists is not None:
         lists.nprobe = max(1, lists.nlist // 16)
     return vectors
+
+
+def _subvectors(rank: int) -> int:
+    """Of a product quantiser: a byte for every four coordinates, or what divides them next."""
+    return next(parts for parts in range(max(1, rank // 4), 0, -1) if rank % parts == 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kind of index, and why."""
+
+    kind: str
+    reason: str
+
+
+def choose_kind(kind: str, rank: int, count: int, memory: int) -> Choice:
+    """`kind`, or for "auto" what suits `count` images and `memory` bytes."""
+    if kind != "auto":
+        return Choice("flat" if kind == "Flat" else kind, "as asked")  # faiss' own word for it
+    if count <= _FLAT_AT_MOST:
+        return Choice("flat", f"at most {_FLAT_AT_MOST:,} images: all are compared")
+    size = 4 * rank * count
+    if size <= memory:
+        return Choice("ivf", f"more than {_FLAT_AT_MOST:,} images, and vectors of {format_bytes(size)}")
+    return Choice(
+        "ivfpq", f"vectors of {format_bytes(size)} are more than the {format_bytes(memory)} of memory"
+    )
 
 
 @contextlib.contextmanager
@@ -179,7 +211,9 @@ def read_index(path: Path) -> Any:
 
 __all__ = [
     "MAX_GPU_K",
+    "Choice",
     "check_faiss",
+    "choose_kind",
     "faiss",
     "filling",
     "gpu_count",

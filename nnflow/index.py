@@ -10,7 +10,7 @@ is off by 5.6e-4 at t = .99, which is 2.8 in a logit (docs/field.md, section 4).
 import contextlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from nnflow.embedding import Embedding, collapse_time, embedding_digest, fit_emb
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import (
     MAX_GPU_K,
+    Choice,
+    choose_kind,
     faiss,
     filling,
     lists_of,
@@ -48,6 +50,7 @@ from nnflow.manifest import (
 )
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.probing import set_probes
 from nnflow.store import ImageStore
 
 _SCORES = 1 << 24  # scores of a flat scan held at once: 64 MiB
@@ -114,7 +117,7 @@ class NeighbourIndex:
         path: str | Path,
         *,
         rank: int | Literal["pixels"] = 128,
-        kind: str = "flat",
+        kind: str = "auto",
         memory: int = DEFAULT_BUDGET,
         seed: int = 0,
         progress: bool = False,
@@ -127,7 +130,9 @@ class NeighbourIndex:
             store: the images.
             path: the folder that holds them.
             rank: PCA coordinates, or "pixels" for all pixels unrotated.
-            kind: "flat" (exact), "ivf", or any faiss factory string such as "IVF4096,PQ64x4fs".
+            kind: "flat" (exact), "ivf", "ivfpq", any faiss factory string such as "IVF4096,PQ64x4fs", or
+                "auto" for what suits the number of images and `memory`; how many lists a search looks into is
+                measured (`probing`).
             memory: working memory in bytes, beside the index itself.
             seed: of random choices.
             progress: show bars on stderr.
@@ -143,9 +148,9 @@ class NeighbourIndex:
                 f"{shown(folder)}: the images lie in {shown(store.folder)}; an index is built beside its "
                 "images, in one folder"
             )
-        kind = "flat" if kind == "Flat" else kind  # faiss' own word for it
+        choice = choose_kind(kind, _coordinates(store, rank), len(store), memory)
         with folder_lock(folder):
-            return cls._build(store, folder, rank, kind, memory, seed, progress)
+            return cls._build(store, folder, rank, choice, memory, seed, progress)
 
     @classmethod
     def _build(
@@ -153,11 +158,12 @@ class NeighbourIndex:
         store: ImageStore,
         folder: Path,
         rank: int | Literal["pixels"],
-        kind: str,
+        choice: Choice,
         memory: int,
         seed: int,
         progress: bool,
     ) -> "NeighbourIndex":
+        kind = choice.kind
         settings = {
             "format": FORMAT,
             "rank": rank,
@@ -178,8 +184,11 @@ class NeighbourIndex:
             (folder / MANIFEST).unlink(missing_ok=True)
             sync_folder(folder)
         embedding.save(folder / EMBEDDING)
+        probing = set_probes(vectors, store, embedding, seed)
         write_index(vectors, folder / INDEX)
         manifest = settings | {
+            "reason": choice.reason,
+            "probing": {} if probing is None else asdict(probing),
             "count": len(store),
             "shape": list(store.shape),
             "coordinates": embedding.rank,

@@ -18,6 +18,8 @@ PARTS = ("images.h5", EMBEDDING, COORDINATES, INDEX)
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "rank": (int, str),
     "kind": str,
+    "reason": str,
+    "probing": dict,
     "seed": int,
     "store": str,
     "count": int,

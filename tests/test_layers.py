@@ -15,7 +15,7 @@ ORDER = """
 errors memory files path weighted pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file ingest store
-integers embedding coordinates faiss_backend manifest index support nearfield scan
+integers embedding coordinates faiss_backend probing manifest index support nearfield scan
 residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
 sampling metrics evaluation sheet plots curves

@@ -14,6 +14,7 @@ from nnflow.errors import StoreError
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
 from nnflow.memory import format_bytes
+from nnflow.probing import TIMES
 from nnflow.store import ImageStore
 
 
@@ -49,7 +50,10 @@ class NamesType(click.ParamType):
 @click.option("--background", default="white", show_default=True, help="Colour under transparent pixels.")
 @click.option("--rank", type=RankType(), default="128", show_default=True, help="PCA coordinates, or pixels.")
 @click.option(
-    "--kind", default="flat", show_default=True, help="flat (exact), ivf, or a faiss factory string."
+    "--kind",
+    default="auto",
+    show_default=True,
+    help="flat (exact), ivf, ivfpq, a faiss factory string, or what suits the number of images and --memory.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Decoding threads; one per core.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, listed in skipped.csv.")
@@ -139,6 +143,8 @@ def _facts(index: NeighbourIndex) -> dict[str, Any]:
         "captured": manifest["captured"],
         "fitted_on": manifest["fitted_on"],
         "kind": manifest["kind"],
+        "reason": manifest["reason"],
+        "probing": manifest["probing"],
         "collapse_time": manifest["collapse_time"],
         "calibration": _errors_known(index),
         "bytes": {name: mark["bytes"] for name, mark in manifest["files"].items()},
@@ -176,6 +182,15 @@ def _calibrated(index: NeighbourIndex) -> str:
     )
 
 
+def _probed(probing: dict[str, Any]) -> str:
+    if not probing:
+        return ""
+    return (
+        f"; {probing['probes']:,} of {probing['lists']:,} lists searched, which find "
+        f"{100 * probing['recall']:.4g} % of the near field from t = {TIMES[0]:g} on"
+    )
+
+
 def _told(index: NeighbourIndex) -> str:
     facts = _facts(index)
     channels, height, width = facts["shape"]
@@ -191,7 +206,7 @@ def _told(index: NeighbourIndex) -> str:
             f"  classes        {classes}",
             f"  embedding      {rank}, {100 * facts['captured']:.1f} % of the variance, "
             f"fitted on {facts['fitted_on']:,} images",
-            f"  index          {shown(facts['kind'])}",
+            f"  index          {shown(facts['kind'])}: {shown(facts['reason'])}{_probed(facts['probing'])}",
             f"  collapse time  t = {facts['collapse_time']:.3f} (estimated from the spectrum: beyond, "
             "u* is about one image)",
             f"  calibrated     {_calibrated(index)}",
