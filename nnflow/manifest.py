@@ -32,6 +32,12 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "files": dict,
 }
 
+_PROBED = {"lists": int, "probes": int, "recall": float}  # of an index with lists; {} of one without
+
+
+def _types(values: dict[str, Any]) -> dict[str, type]:
+    return {name: type(value) for name, value in values.items()}
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a build of this version, with all its keys.
@@ -47,6 +53,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "with this version"
         )
     wrong = [name for name, kind in _KEYS.items() if not isinstance(manifest.get(name), kind)]
+    probing = manifest.get("probing")
+    if isinstance(probing, dict) and probing and _types(probing) != _PROBED:
+        wrong.append("probing")
     files = manifest.get("files")
     if isinstance(files, dict):
         wrong += [name for name in PARTS if not isinstance(files.get(name), dict)]
