@@ -7,7 +7,7 @@ a term all images share (docs/field.md, eq. 9),
 
 A byte holds z_ij in steps of a 127th of the largest |z_j| of any image: per coordinate for the first 64,
 the largest of these steps for the others, whose spread differs less. On CIFAR-10 that moves an image by
-0.5, of a length of 28; 3.5 lie outside the 512 coordinates kept. The rounded z are the coordinates: norms
+0.6, of a length of 28; 3.5 lie outside the 512 coordinates kept. The rounded z are the coordinates: norms
 are taken after rounding.
 
 Axes:  B queries   n images   K images of one query   R coordinates kept   r of them used
