@@ -1,7 +1,12 @@
 """What every empirical field passes, however it takes its sum. Subclass and give the two hooks."""
 
+import dataclasses
+import functools
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +14,47 @@ from oracles import velocity_from_score
 from stores import store_of
 from torch import Tensor
 
+from nnflow import velocity
 from nnflow.errors import InputError
+from nnflow.pixels import PixelRows
 from nnflow.store import ImageStore
+from nnflow.targets import EmpiricalFlowMatcher
 from nnflow.velocity import EmpiricalVelocity
+
+# Where fields live, whatever device a test asks for; scripts/check_gpu names a GPU. The tests make their
+# queries on the CPU and check the answers there.
+DEVICE = os.environ.get("NNFLOW_TEST_DEVICE", "cpu")
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with all of its tensors on `device`, but for those of the device meta."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: moved(getattr(value, part.name), device) for part in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+def asked_there(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method asked with tensors of DEVICE, its answer where its first argument was."""
+
+    @functools.wraps(call)
+    def asked(self: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
+        there = {name: moved(value, DEVICE) for name, value in named.items()}
+        return moved(call(self, moved(x, DEVICE), *moved(rest, DEVICE), **there), x.device)
+
+    return asked
+
+
+if DEVICE != "cpu":
+    velocity._rows = lambda store, device: PixelRows(store.pixels, DEVICE)
+    EmpiricalVelocity.estimate = asked_there(EmpiricalVelocity.estimate)
+    EmpiricalFlowMatcher.sample_location_and_conditional_flow = asked_there(
+        EmpiricalFlowMatcher.sample_location_and_conditional_flow
+    )
 
 N, CHANNELS, SIDE, B = 37, 3, 4, 11  # distinct, so that a swapped axis cannot pass
 D = CHANNELS * SIDE * SIDE

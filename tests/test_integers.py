@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from contract import DEVICE
 
 from nnflow import integers
 
@@ -22,9 +23,9 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def test_products_are_exact_in_whatever_layout(shape: tuple[int, int, int], fast: bool) -> None:
     m, k, n = shape
     generator = torch.Generator().manual_seed(m * n)
-    a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
-    b = torch.randint(-127, 128, (n, k + 3), generator=generator, dtype=torch.int8)[:, :k].T
-    wanted = torch.from_numpy(a.long().numpy() @ b.long().numpy())
+    a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8).to(DEVICE)
+    b = torch.randint(-127, 128, (n, k + 3), generator=generator, dtype=torch.int8).to(DEVICE)[:, :k].T
+    wanted = torch.from_numpy(a.cpu().long().numpy() @ b.cpu().long().numpy()).to(DEVICE)
     assert torch.equal(integers.product(a, b).long(), wanted)
     assert torch.equal(integers.product(a, b.contiguous()).long(), wanted)
 
@@ -32,16 +33,18 @@ def test_products_are_exact_in_whatever_layout(shape: tuple[int, int, int], fast
 @pytest.mark.parametrize("count", [1, 8, 19])
 def test_each_its_own(count: int, fast: bool) -> None:
     generator = torch.Generator().manual_seed(count)
-    a = torch.randint(-127, 128, (count, 2, 40), generator=generator, dtype=torch.int8)
-    b = torch.randint(-127, 128, (count, 33, 40), generator=generator, dtype=torch.int8)
-    assert torch.equal(integers.own_products(a, b).long(), torch.einsum("bmk,bnk->bmn", a.long(), b.long()))
-    c = torch.randint(-127, 128, (count, 40, 27), generator=generator, dtype=torch.int8)
-    assert torch.equal(integers.own_sums(a, c).long(), torch.einsum("bmk,bkr->bmr", a.long(), c.long()))
+    a = torch.randint(-127, 128, (count, 2, 40), generator=generator, dtype=torch.int8).to(DEVICE)
+    b = torch.randint(-127, 128, (count, 33, 40), generator=generator, dtype=torch.int8).to(DEVICE)
+    wanted = torch.einsum("bmk,bnk->bmn", a.cpu().long(), b.cpu().long())
+    assert torch.equal(integers.own_products(a, b).cpu().long(), wanted)
+    c = torch.randint(-127, 128, (count, 40, 27), generator=generator, dtype=torch.int8).to(DEVICE)
+    wanted = torch.einsum("bmk,bkr->bmr", a.cpu().long(), c.cpu().long())
+    assert torch.equal(integers.own_sums(a, c).cpu().long(), wanted)
 
 
 def test_products_of_the_largest_bytes(fast: bool) -> None:
     """Where sums of pairs saturate in 16 bits, 64 products of 127 * 127 come to 8,160."""
-    worst = torch.full((32, 1024), 127, dtype=torch.int8)
+    worst = torch.full((32, 1024), 127, dtype=torch.int8, device=DEVICE)
     assert (integers.product(worst, worst.T) == 1024 * 127**2).all()
 
 
@@ -70,6 +73,7 @@ def test_a_torch_without_them_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_two_digits_hold_a_row_to_half_a_unit() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(50, 300, generator=generator) * torch.logspace(-8, 8, 50)[:, None]
+    values = values.to(DEVICE)
     values[3] = 0
     values[4, 1:] = 0
     digits, unit = integers.two_digits(values)

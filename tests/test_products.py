@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from contract import DEVICE
 from torch import Tensor
 
 from nnflow import integers
@@ -15,17 +16,18 @@ R = 20
 
 def rows_of(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(-127, 128, (count, R), generator=generator, dtype=torch.int8)
+    return torch.randint(-127, 128, (count, R), generator=generator, dtype=torch.int8).to(DEVICE)
 
 
 def queries(count: int = 6) -> tuple[Tensor, Tensor]:
     """Rows of values and falls that make logits of a few tens."""
     generator = torch.Generator().manual_seed(9)
-    return torch.randn(count, R, generator=generator) / 30, torch.rand(count, generator=generator)
+    row, fall = torch.randn(count, R, generator=generator) / 30, torch.rand(count, generator=generator)
+    return row.to(DEVICE), fall.to(DEVICE)
 
 
 def squares_of(*shape: int) -> Tensor:
-    return 30 * torch.rand(shape, generator=torch.Generator().manual_seed(4))
+    return 30 * torch.rand(shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
 
 
 @pytest.fixture(params=[True, False], ids=["bytes", "float32"])
@@ -67,7 +69,7 @@ def test_each_query_with_images_of_its_own(fast: bool) -> None:
 
 
 def some_scores(count: int) -> Tensor:
-    scores = 3 * torch.randn(6, count, generator=torch.Generator().manual_seed(0))
+    scores = 3 * torch.randn(6, count, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     scores[:, 7] = -torch.inf
     scores[1] -= 300
     return scores
@@ -76,7 +78,7 @@ def some_scores(count: int) -> Tensor:
 @pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
 def test_masses(asked: list[int], fast: bool) -> None:
     scores = some_scores(330)
-    found, squares = masses(scores, scores.amax(1) + 1, torch.tensor(asked, dtype=torch.int64))
+    found, squares = masses(scores, scores.amax(1) + 1, torch.tensor(asked, dtype=torch.int64, device=DEVICE))
     torch.testing.assert_close(found, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(squares, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6)
 
@@ -86,7 +88,7 @@ def test_masses(asked: list[int], fast: bool) -> None:
 def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
     scores = some_scores(330)
     rows = rows_of(6 * 330).view(6, 330, R) if own else rows_of(330)
-    found = weighted(scores, scores.amax(1), rows, torch.tensor(asked, dtype=torch.int64))
+    found = weighted(scores, scores.amax(1), rows, torch.tensor(asked, dtype=torch.int64, device=DEVICE))
     torch.testing.assert_close(found.log_mass, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
@@ -103,10 +105,10 @@ def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_rounded_logits_of_a_million_overflow_no_digit(own: bool) -> None:
-    scores = torch.full((6, 40), 1e6)
+    scores = torch.full((6, 40), 1e6, device=DEVICE)
     scores[:, 3] += 0.25  # above `top`: 16,383 exp(1/4) would be 21,036, a high digit of 164
     rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
-    found = weighted(scores, torch.full((6,), 1e6), rows, torch.arange(6))
+    found = weighted(scores, torch.full((6,), 1e6, device=DEVICE), rows, torch.arange(6, device=DEVICE))
     wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)
     torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
 

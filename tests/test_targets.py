@@ -135,7 +135,7 @@ def test_pairs_that_have_settled_are_not_asked_about(
     whole = EmpiricalVelocity.estimate
 
     def estimate(self: EmpiricalVelocity, x: Tensor, t: Tensor, label: Tensor | None = None) -> Estimate:
-        seen.append(t)
+        seen.append(t.cpu())
         return whole(self, x, t, label)
 
     monkeypatch.setattr(EmpiricalVelocity, "estimate", estimate)
@@ -235,7 +235,8 @@ def test_unbiased_target_sums_what_was_retrieved_and_has_not_settled(
 
     def estimate(self: EmpiricalVelocity, x: Tensor, t: Tensor, label: Tensor | None = None) -> Estimate:
         found = whole(self, x, t, label)
-        return replace(found, ids=retrieved, whole=torch.zeros(10, dtype=torch.bool), ess=found.ess + 1)
+        none = torch.zeros(10, dtype=torch.bool, device=x.device)
+        return replace(found, ids=retrieved.to(x.device), whole=none, ess=found.ess + 1)
 
     monkeypatch.setattr(EmpiricalVelocity, "estimate", estimate)
     memory = 12 * 13 * 48 * 3
