@@ -13,11 +13,9 @@ are taken after rounding.
 Axes:  B queries   n images   K images of one query   R coordinates kept   r of them used
 """
 
-import contextlib
+import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,10 +24,9 @@ from torch import Tensor
 
 from nnflow.embedding import Embedding
 from nnflow.errors import StoreError
-from nnflow.files import shown, whole_file
+from nnflow.files import disk_errors, shown
+from nnflow.hdf5file import reserve, write_at
 from nnflow.integers import LEVELS
-
-Int8Rows: TypeAlias = "np.memmap[tuple[int, int], np.dtype[np.int8]]"
 
 _FIRST_EDGE = 32
 _HEAD = 64  # coordinates with a step of their own
@@ -54,6 +51,7 @@ class Coordinates:
         self.steps = _steps(embedding.peaks)
         self.edges = edges_of(rows.shape[1])
         self._squares: dict[int, tuple[Tensor, float]] = {}
+        self._moved: dict[torch.device, Coordinates] = {}
 
     @property
     def rank(self) -> int:
@@ -61,10 +59,12 @@ class Coordinates:
         return self.edges[-1]
 
     def to(self, device: torch.device) -> "Coordinates":
-        """The same on another device."""
+        """The same on another device; moved once, however many ladders use them there."""
         if self.rows.device == device:
             return self
-        return Coordinates(self.rows.to(device), self.embedding.to(device))
+        if device not in self._moved:
+            self._moved[device] = Coordinates(self.rows.to(device), self.embedding.to(device))
+        return self._moved[device]
 
     def edge(self, rank: int) -> int:
         """The smallest of the `edges` that is at least `rank`, or the last."""
@@ -120,7 +120,7 @@ class Coordinates:
 
     @classmethod
     def open(cls, path: Path, embedding: Embedding, count: int) -> "Coordinates":
-        """Maps what `written` wrote.
+        """Maps a finished `CoordinateFile`.
 
         Raises:
             StoreError: absent, cut, or of other images.
@@ -148,17 +148,45 @@ def _steps(peaks: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
     return steps.where(steps > 0, 1.0)
 
 
-@contextlib.contextmanager
-def written(path: Path, count: int, rank: int) -> Iterator[Int8Rows]:
-    """An empty (count, rank) matrix of bytes on disk, whole at `path` when the block ends well.
+class CoordinateFile:
+    """A (count, rank) matrix of bytes on disk that is filled block by block, in any order.
+
+    Written, not mapped: what has been written is the kernel's memory and not this process's.
 
     Raises:
         StoreError: the disk is full or refuses.
     """
-    with whole_file(path) as partial:
-        held = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=(count, rank))
-        # A full disk would end a write through a memory map by a signal: take the room before.
-        with partial.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, held.offset + held.nbytes)
-        yield held
-        held.flush()
+
+    def __init__(self, path: Path, count: int, rank: int) -> None:
+        self._path, self._rank = path, rank
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|i1", "fortran_order": False, "shape": (count, rank)}
+        )
+        self._offset = header.tell()
+        with disk_errors(path, "writing"):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            before = os.fstat(self._file).st_size
+            try:
+                reserve(self._file, self._offset + count * rank)  # a full disk refuses here, before the work
+                write_at(self._file, header.getbuffer(), 0)
+            except BaseException:
+                os.ftruncate(self._file, before)  # a refused reservation keeps what there was of room
+                os.close(self._file)
+                raise
+
+    def __enter__(self) -> "CoordinateFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def put(self, start: int, rows: Int8[Tensor, "m R"]) -> None:
+        """Writes `rows` from row `start` on."""
+        with disk_errors(self._path, "writing"):
+            write_at(self._file, rows.contiguous().numpy().data.cast("B"), self._offset + start * self._rank)
+
+    def sync(self) -> None:
+        """Brings what has been written to the disk."""
+        with disk_errors(self._path, "writing"):
+            os.fdatasync(self._file)

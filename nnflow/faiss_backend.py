@@ -55,6 +55,8 @@ except ModuleNotFoundError as error:
 
 # Above, lists pay: 128 late queries take 6 ms in bytes at 50,000 images and 130 ms at 1,281,167.
 _FLAT_AT_MOST = 200_000
+# Lists grow by doubling: vectors of 626 MiB took 818 MiB once 1,281,167 had been added.
+_GROWING = 1.5
 MAX_GPU_K = 2048  # faiss' GPU kernels answer no more neighbours than this
 
 
@@ -110,17 +112,20 @@ class Choice:
 
 
 def choose_kind(kind: str, rank: int, count: int, memory: int) -> Choice:
-    """`kind`, or for "auto" what suits `count` images and `memory` bytes."""
-    if kind != "auto":
-        return Choice("flat" if kind == "Flat" else kind, "as asked")  # faiss' own word for it
-    if count <= _FLAT_AT_MOST:
-        return Choice("flat", f"at most {_FLAT_AT_MOST:,} images: all are compared")
+    """`kind`, or for "auto" what suits `count` images and `memory` bytes; says where they cannot hold it."""
     size = 4 * rank * count
-    if size <= memory:
-        return Choice("ivf", f"more than {_FLAT_AT_MOST:,} images, and vectors of {format_bytes(size)}")
-    return Choice(
-        "ivfpq", f"vectors of {format_bytes(size)} are more than the {format_bytes(memory)} of memory"
-    )
+    words = f"vectors of {format_bytes(size)}"
+    more = f"more than the {format_bytes(memory)} of memory"
+    beyond = f"; {words} alone are {more}" if size > memory else ""
+    if kind != "auto":
+        kind = "flat" if kind == "Flat" else kind  # faiss' own word for it
+        return Choice(kind, "as asked" + (beyond if kind in ("flat", "ivf") else ""))
+    if count <= _FLAT_AT_MOST:
+        return Choice("flat", f"at most {_FLAT_AT_MOST:,} images: all are compared" + beyond)
+    if _GROWING * size <= memory:
+        return Choice("ivf", f"more than {_FLAT_AT_MOST:,} images, and {words}")
+    growing = "" if beyond else ", and half as much again while they are added,"
+    return Choice("ivfpq", f"{words}{growing} are {more}")
 
 
 @contextlib.contextmanager
@@ -134,6 +139,8 @@ def filling(kind: str, rank: int, count: int) -> Iterator[None]:
 def _said_of(kind: str, rank: int, images: str = "") -> Iterator[None]:
     try:
         yield
+    except StoreError:  # a RuntimeError of ours
+        raise
     except RuntimeError as error:
         cause = shown(str(error).strip().split("\n")[0].rsplit("Error: ", 1)[-1].rsplit(" failed: ", 1)[-1])
         raise InputError(
@@ -145,6 +152,27 @@ def _said_of(kind: str, rank: int, images: str = "") -> Iterator[None]:
 def lists_of(vectors: Any) -> Any:
     """The inverted lists within `vectors`, also behind a rotation or a refinement; None without."""
     return faiss.try_extract_index_ivf(vectors)
+
+
+def remembers_additions(vectors: Any) -> bool:
+    """Whether `vectors` written, read and added to are what they would be had they stayed in memory.
+
+    Graphs are not: each vector's level comes from random numbers that faiss does not write.
+    """
+    inner = faiss.downcast_index(vectors)
+    if isinstance(inner, faiss.IndexPreTransform):
+        return remembers_additions(inner.index)
+    if isinstance(inner, faiss.IndexRefine):
+        return remembers_additions(inner.base_index) and remembers_additions(inner.refine_index)
+    return isinstance(inner, faiss.IndexIVF | faiss.IndexFlatCodes)
+
+
+def reserve(vectors: Any, count: int) -> None:
+    """Room for `count` vectors at once where they lie in one piece, which else would double as it grows."""
+    inner = faiss.downcast_index(vectors)
+    if isinstance(inner, faiss.IndexFlatCodes):
+        inner.codes.resize(count * inner.code_size)
+        inner.codes.resize(inner.ntotal * inner.code_size)  # keeps what it has been given
 
 
 def search_within(vectors: Any, queries: Any, k: int, rows: slice) -> tuple[Any, Any]:
@@ -221,6 +249,8 @@ __all__ = [
     "make_index",
     "on_all_gpus",
     "read_index",
+    "remembers_additions",
+    "reserve",
     "search_within",
     "write_index",
 ]

@@ -70,6 +70,8 @@ class _Rest:
 class NearAndFar(Support):
     """The sum taken up a ladder, its far field kept or, with `far` off, dropped."""
 
+    _buffer = Buffer()  # of all ladders: a plan has several, and each may fill half of the budget
+
     def __init__(self, index: NeighbourIndex, rows: PixelRows, *, ladder: Ladder, budget: int) -> None:
         super().__init__(rows, budget=budget)
         self.index = index
@@ -79,7 +81,6 @@ class NearAndFar(Support):
         self._embedding = self.coordinates.embedding
         self._residual = Residual(self._embedding)
         self._all: AllImages | None = None
-        self._buffer = Buffer()
         # Worth a pass over the pixels where they fit in the cache of files; else of those gathered.
         small = rows.pixels.nbytes <= budget
         self._norms = rows.squared_norms(budget).float() if small else None

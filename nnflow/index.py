@@ -2,7 +2,6 @@
 
     OUT/images.h5  embedding.safetensors  coordinates.npy  index.faiss  manifest.json
 
-manifest.json is written last and removed first: a folder without it is a build that has not ended.
 faiss gives ids and a lower bound on distances, never a logit: its float32 expansion |q|^2 - 2 q.z + |z|^2
 is off by 5.6e-4 at t = .99, which is 2.8 in a logit (docs/field.md, section 4).
 """
@@ -10,7 +9,7 @@ is off by 5.6e-4 at t = .99, which is 2.8 in a logit (docs/field.md, section 4).
 import contextlib
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,25 +17,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from nnflow.coordinates import Coordinates, Int8Rows, written
-from nnflow.embedding import Embedding, collapse_time, embedding_digest, fit_embedding
+from nnflow.building import Order, build_parts, coordinate_count
+from nnflow.coordinates import Coordinates
+from nnflow.embedding import Embedding, embedding_digest
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import (
     MAX_GPU_K,
-    Choice,
     choose_kind,
     faiss,
-    filling,
-    lists_of,
-    make_index,
     on_all_gpus,
     read_index,
     search_within,
-    write_index,
 )
-from nnflow.files import file_mark, folder_lock, shown, sync_folder, write_json
+from nnflow.files import folder_lock, shown
 from nnflow.manifest import (
     COORDINATES,
     EMBEDDING,
@@ -50,12 +44,10 @@ from nnflow.manifest import (
 )
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.pixels import HALF_RANGE, PixelRows
-from nnflow.probing import set_probes
 from nnflow.store import ImageStore
+from nnflow.unfinished import discard
 
 _SCORES = 1 << 24  # scores of a flat scan held at once: 64 MiB
-_TRAIN_AT_MOST = 65_536  # vectors, unless the lists need more
-_TRAIN_PER_CENTROID = 64  # faiss wants 39 to 256 vectors per k-means centroid
 
 
 @dataclass(frozen=True)
@@ -148,59 +140,25 @@ class NeighbourIndex:
                 f"{shown(folder)}: the images lie in {shown(store.folder)}; an index is built beside its "
                 "images, in one folder"
             )
-        choice = choose_kind(kind, _coordinates(store, rank), len(store), memory)
-        with folder_lock(folder):
-            return cls._build(store, folder, rank, choice, memory, seed, progress)
-
-    @classmethod
-    def _build(
-        cls,
-        store: ImageStore,
-        folder: Path,
-        rank: int | Literal["pixels"],
-        choice: Choice,
-        memory: int,
-        seed: int,
-        progress: bool,
-    ) -> "NeighbourIndex":
-        kind = choice.kind
+        choice = choose_kind(kind, coordinate_count(store, rank), len(store), memory)
         settings = {
             "format": FORMAT,
             "rank": rank,
-            "kind": kind,
+            "kind": choice.kind,
             "seed": seed,
             "store": store.fingerprint,
         }
-        if is_built(folder, settings):
-            # A part that this version cannot read is no reason to refuse: the command builds it again.
-            with contextlib.suppress(StoreError):
+        with folder_lock(folder):
+            if is_built(folder, settings):
+                # A part that this version cannot read is no reason to refuse: the command builds it again.
+                with contextlib.suppress(StoreError):
+                    opened = cls.open(folder)
+                    discard(folder)
+                    return opened
+            parts = build_parts(Order(store, settings, rank, choice, memory, seed, progress))
+            if parts is None:
                 return cls.open(folder)
-        make_index(kind, _coordinates(store, rank), len(store))  # before the work, whether faiss can
-        embedding = fit_embedding(store, rank=rank, budget=memory, seed=seed, progress=progress)
-        vectors = _trained_vectors(store, embedding, kind, memory, seed)
-        with written(folder / COORDINATES, len(store), len(embedding.principal)) as held:
-            _add_images(vectors, held, store, embedding, kind, memory, progress)
-            # Only now does an index that stands here go: whatever was refused above has cost nothing.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            sync_folder(folder)
-        embedding.save(folder / EMBEDDING)
-        probing = set_probes(vectors, store, embedding, seed)
-        write_index(vectors, folder / INDEX)
-        manifest = settings | {
-            "reason": choice.reason,
-            "probing": {} if probing is None else asdict(probing),
-            "count": len(store),
-            "shape": list(store.shape),
-            "coordinates": embedding.rank,
-            "captured": embedding.captured,
-            "fitted_on": embedding.fitted_on,
-            "collapse_time": collapse_time(embedding.spectrum, len(store)),
-            "embedding": embedding_digest(embedding),
-            "files": {name: file_mark(folder / name) for name in PARTS},
-        }
-        write_json(folder / MANIFEST, manifest)
-        coordinates = Coordinates.open(folder / COORDINATES, embedding, len(store))
-        return cls(store, embedding, coordinates, vectors, manifest)
+            return cls(store, parts.embedding, parts.coordinates, parts.vectors, parts.manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> "NeighbourIndex":
@@ -326,65 +284,3 @@ class NeighbourIndex:
         if self._on_gpu is not None and k > MAX_GPU_K:
             raise InputError(f"k = {k}: faiss on a GPU answers at most {MAX_GPU_K}; lower k")
         return k
-
-
-def _trained_vectors(store: ImageStore, embedding: Embedding, kind: str, budget: int, seed: int) -> Any:
-    """An empty faiss index, trained where its kind wants that."""
-    vectors = make_index(kind, embedding.rank, len(store))
-    with filling(kind, embedding.rank, len(store)):
-        if not vectors.is_trained:
-            vectors.train(_training_vectors(vectors, PixelRows(store.pixels), embedding, budget, seed))
-    return vectors
-
-
-def _add_images(
-    vectors: Any,
-    held: Int8Rows,
-    store: ImageStore,
-    embedding: Embedding,
-    kind: str,
-    budget: int,
-    progress: bool,
-) -> None:
-    """Adds every image to `vectors` and its coordinates to `held`, in one pass within `budget`."""
-    rows = PixelRows(store.pixels)
-    step, count = rows.block_rows(budget), len(store)
-    empty = Coordinates.empty(embedding)
-    with filling(kind, embedding.rank, count):
-        for start in tqdm(range(0, count, step), "indexing", disable=not progress, unit="block"):
-            stop = min(start + step, count)
-            x = rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
-            z = embedding.project(x)
-            held[start:stop] = empty.encoded(z).numpy()
-            searched = embedding(x) if embedding.searched is None else z[:, : embedding.searched]
-            vectors.add(np.ascontiguousarray(searched.numpy()))
-
-
-def _training_vectors(
-    vectors: Any, rows: PixelRows, embedding: Embedding, budget: int, seed: int
-) -> np.ndarray:
-    """Coordinates of random images: half the budget of them, or as many as the lists of `vectors` need."""
-    lists = lists_of(vectors)
-    needed = _TRAIN_PER_CENTROID * (1 if lists is None else lists.nlist)
-    affordable = min(_TRAIN_AT_MOST, budget // (8 * embedding.rank))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(rows.count, generator=generator)[: max(needed, affordable, 256)].sort().values
-    coordinates = np.empty((len(chosen), embedding.rank), np.float32)
-    step = rows.block_rows(budget)
-    for start in range(0, len(chosen), step):
-        coordinates[start : start + step] = _embedded(rows, embedding, chosen[start : start + step])
-    return coordinates
-
-
-def _embedded(rows: PixelRows, embedding: Embedding, ids: Int[Tensor, " m"]) -> np.ndarray:
-    x = rows.gather(ids).float().div_(HALF_RANGE).sub_(1)
-    return np.ascontiguousarray(embedding(x).numpy())
-
-
-def _coordinates(store: ImageStore, rank: int | Literal["pixels"]) -> int:
-    """What `rank` comes to: no more than the pixels, nor than the images."""
-    if rank == "pixels":
-        return store.pixels.shape[1]
-    if rank < 1:
-        raise InputError(f"rank {rank}: wanted at least 1, or 'pixels' for no projection")
-    return min(rank, *store.pixels.shape)

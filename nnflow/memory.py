@@ -6,6 +6,9 @@ from nnflow.errors import InputError
 
 DEFAULT_BUDGET = 1 << 30  # bytes of working memory, beside the pixels themselves
 
+# Resident once torch, faiss and nnflow are imported and have computed something: 296 MiB and their buffers.
+_LIBRARIES = 400 << 20
+
 _LARGEST = 2.0**63  # bytes
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -26,6 +29,11 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= size < _LARGEST:
         raise InputError(f"memory budget {text!r}: wanted at least one byte and less than 2**63")
     return int(size)
+
+
+def working_memory(whole: int) -> int:
+    """What is left of `whole` bytes for a process beside interpreter and libraries, at least a quarter."""
+    return max(whole - _LIBRARIES, whole // 4)
 
 
 def format_bytes(size: int | float) -> str:

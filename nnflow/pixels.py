@@ -4,14 +4,18 @@ A pixel is p in 0..255 and stands for p / 127.5 - 1 in [-1, 1]. Sums run over p 
 exact, and the affine map is applied to the result: one pass less over the data.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from nnflow.filemap import let_go
 from nnflow.memory import rows_within
 
 HALF_RANGE = 127.5  # p / HALF_RANGE - 1 maps 0..255 onto [-1, 1]
 _BLOCK_ROWS = 1024  # 12.6 MB of float32 at d = 3,072; from 256 to 4,096 the exact field's time moves by 6 %
+_SCATTERED = 16  # rows read here and there at once: each may bring 400 KiB of its file along
 
 
 class PixelRows:
@@ -45,20 +49,46 @@ class PixelRows:
         """Rows `start` to `stop` as p in 0..255, in the head of `into`."""
         return into[: stop - start].copy_(self.pixels[start:stop])
 
-    def gather(self, ids: Int[Tensor, " m"]) -> UInt8[Tensor, "m D"]:
-        """Rows by number."""
-        return self.pixels.index_select(0, ids.to(self.pixels.device)).to(self.device)
+    def blocks(
+        self, budget: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, int, Float[Tensor, "r D"]]]:
+        """Rows `start` to `stop` in order: first and end of each block, and it as p in 0..255.
+
+        The block may be written to: it is filled anew for each.
+        """
+        stop = self.count if stop is None else stop
+        room = self.new_block(self.block_rows(budget))
+        for first in range(start, stop, len(room)):
+            end = min(first + len(room), stop)
+            yield first, end, self.read(first, end, room)
+            self.let_go(budget, first, end)
+
+    def let_go(self, budget: int, start: int = 0, stop: int | None = None) -> None:
+        """Lets pages go that rows were read from, where all rows are more than a quarter of `budget`.
+
+        A quarter, as for a block: smaller stores stay mapped, and are read without asking the kernel again.
+        """
+        if 4 * self.pixels.nbytes > budget:
+            let_go(self.pixels[start:stop])
+
+    def gather(self, ids: Int[Tensor, " m"], budget: int | None = None) -> UInt8[Tensor, "m D"]:
+        """Rows by number; within a `budget`, pages are let go of on the way as `let_go` does."""
+        if budget is None or 4 * self.pixels.nbytes <= budget:
+            return self.pixels.index_select(0, ids.to(self.pixels.device)).to(self.device)
+        found = torch.empty(len(ids), self.dim, dtype=torch.uint8, device=self.device)
+        for start in range(0, len(ids), _SCATTERED):
+            some = ids[start : start + _SCATTERED]
+            found[start : start + len(some)] = self.gather(some)
+            self.let_go(budget, int(some.min()), int(some.max()) + 1)
+        return found
 
     def squared_norms(self, budget: int) -> Float[Tensor, " n"]:
         """|x_i|^2 in [-1, 1] units, float64: one pass over all pixels, the first time."""
         if self._norms is not None:
             return self._norms
         norms = torch.empty(self.count, dtype=torch.float64, device=self.device)
-        block = self.new_block(self.block_rows(budget))
-        for start in range(0, self.count, len(block)):
-            stop = min(start + len(block), self.count)
-            rows = self.read(start, stop, block).sub_(HALF_RANGE)
+        for start, stop, block in self.blocks(budget):
             # (p - 127.5)^2 is a multiple of 1/4 up to 16,256: exact in float32, summed in float64.
-            norms[start:stop] = rows.square_().sum(1, dtype=torch.float64) / HALF_RANGE**2
+            norms[start:stop] = block.sub_(HALF_RANGE).square_().sum(1, dtype=torch.float64) / HALF_RANGE**2
         self._norms = norms
         return norms

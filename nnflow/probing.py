@@ -16,7 +16,8 @@ from torch import Tensor
 from nnflow.embedding import Embedding
 from nnflow.faiss_backend import lists_of
 from nnflow.path import interpolate
-from nnflow.store import ImageStore
+from nnflow.pixels import PixelRows
+from nnflow.store import ImageStore, to_float
 
 TIMES = (0.3, 0.4, 0.5, 0.7, 0.9)
 _QUERIES = 64  # at each time
@@ -70,7 +71,8 @@ def _queries(store: ImageStore, embedding: Embedding, seed: int) -> tuple[np.nda
     """Coordinates of x_t / t, float32 (q, r), and (t / (1-t))^2, by which their squared distances count."""
     generator = torch.Generator().manual_seed(seed)
     count = _QUERIES * len(TIMES)
-    x1 = store.images(torch.randint(len(store), (count,), generator=generator))
+    ids = torch.randint(len(store), (count,), generator=generator)
+    x1 = to_float(PixelRows(store.pixels).gather(ids, 0)).view(count, *store.shape[1:])
     t = torch.tensor(TIMES).repeat_interleave(_QUERIES)
     xt = interpolate(torch.randn(x1.shape, generator=generator), x1, t).flatten(1)
     coordinates = embedding(xt / t[:, None])

@@ -10,7 +10,6 @@ Axes:  B queries   R images of a block   n images   K images weighed by differen
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +119,7 @@ class AllImages(Support):
         norm_scale = (-0.5 * t.double().square() * inverse).float()
         scaled = x * scale[:, None]
         logits = x.new_empty(len(x), images.stop - images.start)
-        for start, stop, block in self._blocks(images):
+        for start, stop, block in self.rows.blocks(self.budget, images.start, images.stop):
             # x.x_i = x.p_i / 127.5 - sum(x), and sum(x) is shared by all images
             product = torch.mm(scaled, block.T).addr_(norm_scale, self._norms[start:stop])
             logits[:, start - images.start : stop - images.start] = product
@@ -128,15 +127,9 @@ class AllImages(Support):
 
     def _mean(self, weights: Float[Tensor, "B n"], images: slice) -> Float[Tensor, "B D"]:
         total = weights.new_zeros(len(weights), self.rows.dim)
-        for start, stop, block in self._blocks(images):
+        for start, stop, block in self.rows.blocks(self.budget, images.start, images.stop):
             total.addmm_(weights[:, start - images.start : stop - images.start], block)
         return total.div_(HALF_RANGE).sub_(1)
-
-    def _blocks(self, images: slice) -> Iterator[tuple[int, int, Tensor]]:
-        room = self.rows.new_block(self.rows.block_rows(self.budget))
-        for start in range(images.start, images.stop, len(room)):
-            stop = min(start + len(room), images.stop)
-            yield start, stop, self.rows.read(start, stop, room)
 
 
 @dataclass(frozen=True)
@@ -204,12 +197,10 @@ def _top_by_expansion(rows: PixelRows, x: Float[Tensor, "S D"], k: int, budget: 
     """Ids of the k largest x.x_i - |x_i|^2 / 2, kept block by block; ascending by id."""
     best = x.new_empty(len(x), 0)
     ids = torch.empty(len(x), 0, dtype=torch.int64)
-    room = rows.new_block(rows.block_rows(budget))
-    for start in range(0, rows.count, len(room)):
-        block = rows.read(start, min(start + len(room), rows.count), room)
+    for start, stop, block in rows.blocks(budget):
         block.div_(HALF_RANGE).sub_(1)
         scores = torch.mm(x, block.T).sub_(0.5 * block.square().sum(1))
-        here = torch.arange(start, start + len(block)).expand(len(x), -1)
+        here = torch.arange(start, stop).expand(len(x), -1)
         best, places = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + len(block)), dim=1)
         ids = torch.cat([ids, here], 1).gather(1, places)
     return ids.sort(1).values

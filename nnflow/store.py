@@ -3,18 +3,17 @@
 The codec between stored and computed pixels:  p in 0 .. 255  <->  p / 127.5 - 1 in [-1, 1].
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nnflow import hdf5file
 from nnflow.errors import InputError, StoreError
+from nnflow.filemap import mapped
 from nnflow.files import folder_lock, shown
 from nnflow.ingest import IMAGES, build_images, is_unfinished
 
@@ -105,7 +104,7 @@ class ImageStore:
             classes=header.classes,
             paths=header.paths,
             fingerprint=header.fingerprint,
-            pixels=_mapped(path, header),
+            pixels=mapped(path, header.pixels_at, (header.shape[0], header.row_bytes)),
         )
 
     def __len__(self) -> int:
@@ -143,16 +142,3 @@ class ImageStore:
             raise InputError(f"label {label}: wanted one of the stored classes, {known}")
         ends = torch.searchsorted(self.labels, torch.tensor([label, label + 1])).tolist()
         return slice(*ends)
-
-
-def _mapped(path: Path, header: hdf5file.Header) -> Tensor:
-    """The pixels as a tensor over a read-only map of the file.
-
-    Not a copy-on-write map: the kernel counts all of that as memory promised to this process, and
-    refuses it when the file is larger than memory and swap.
-    """
-    count = header.shape[0]
-    rows = np.memmap(path, np.uint8, "r", header.pixels_at, (count, header.row_bytes))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        return torch.from_numpy(rows)

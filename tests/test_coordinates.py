@@ -1,5 +1,7 @@
 """The coordinates in bytes: logits against distances in float64, what rounding may do, the file."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,9 @@ from refusals import refused
 from stores import store_of
 from torch import Tensor
 
-from nnflow.coordinates import Coordinates, edges_of, written
-from nnflow.embedding import fit_embedding
+from nnflow.coordinates import CoordinateFile, Coordinates, edges_of
 from nnflow.errors import StoreError
+from nnflow.fitting import fit_embedding
 from nnflow.index import NeighbourIndex
 from nnflow.products import Buffer, scores_of
 
@@ -101,17 +103,30 @@ class TestFile:
     def test_what_was_written_is_read(self, projected: tuple[Coordinates, Tensor], tmp_path: Path) -> None:
         coordinates, _ = projected
         path = tmp_path / "c.npy"
-        with written(path, *coordinates.rows.shape) as held:
-            held[:] = coordinates.rows.numpy()
-            assert not path.exists()
+        with CoordinateFile(path, *coordinates.rows.shape) as held:
+            held.put(100, coordinates.rows[100:])
+            held.put(0, coordinates.rows[:40])
+        with CoordinateFile(path, *coordinates.rows.shape) as held:  # goes on where that one stopped
+            held.put(40, coordinates.rows[40:100])
+            held.sync()
         again = Coordinates.open(path, coordinates.embedding, N)
         assert torch.equal(again.rows, coordinates.rows)
-        assert path.stat().st_size == coordinates.rows.numel() + 128
+        np.save(tmp_path / "d.npy", coordinates.rows.numpy())
+        assert path.read_bytes() == (tmp_path / "d.npy").read_bytes()
 
-    def test_a_write_that_fails_leaves_nothing(self, tmp_path: Path) -> None:
-        with pytest.raises(ZeroDivisionError), written(tmp_path / "c.npy", 10, 32):
-            raise ZeroDivisionError
-        assert not list(tmp_path.iterdir())
+    def test_a_full_disk_is_told_before_the_work_and_gets_its_room_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As ext4 does it: what room there was is taken, then the rest is refused."""
+
+        def full(descriptor: int, start: int, size: int) -> None:
+            os.ftruncate(descriptor, size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with refused(StoreError, r"writing .*c\.npy: no space left on device; free space"):
+            CoordinateFile(tmp_path / "c.npy", 1000, 512)
+        assert (tmp_path / "c.npy").stat().st_size == 0
 
     @pytest.mark.parametrize(
         "content",

@@ -14,7 +14,7 @@ from refusals import refused
 from stores import store_of
 from torch import Tensor
 
-from nnflow import faiss_backend
+from nnflow import building, faiss_backend
 from nnflow import index as module
 from nnflow.errors import BusyError, DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import faiss
@@ -206,7 +206,7 @@ class TestApproximate:
 
     def test_the_seed_decides_training(self, store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
         """IVF4 is trained on 256 of the 400 images here."""
-        monkeypatch.setattr(module, "_TRAIN_AT_MOST", 1)
+        monkeypatch.setattr(building, "_TRAIN_AT_MOST", 1)
 
         def centroids(seed: int) -> np.ndarray:
             (store.folder / "manifest.json").unlink(missing_ok=True)
@@ -369,11 +369,11 @@ class TestBuild:
         rows = module.PixelRows(store.pixels)
         embedding = build(store, "pixels").embedding
         lists = faiss_backend.make_index("IVF2,Flat", 48, N)
-        few = module._training_vectors(lists, rows, embedding, 8 * 48 * 300, 0)
+        few = building._training_vectors(lists, rows, embedding, 8 * 48 * 300, 0)
         assert few.shape == (300, 48)
-        assert module._training_vectors(lists, rows, embedding, 4 * 4 * 48 * 7, 0).shape == (256, 48)
+        assert building._training_vectors(lists, rows, embedding, 4 * 4 * 48 * 7, 0).shape == (256, 48)
         many = faiss_backend.make_index("IVF6,Flat", 48, N)
-        assert module._training_vectors(many, rows, embedding, 4 * 4 * 48 * 7, 0).shape == (384, 48)
+        assert building._training_vectors(many, rows, embedding, 4 * 4 * 48 * 7, 0).shape == (384, 48)
         torch.testing.assert_close(
             torch.from_numpy(few).double().mean(0), torch.zeros(48).double(), rtol=0, atol=0.1
         )
@@ -515,35 +515,41 @@ class TestFolder:
         with refused(StoreError, "a build that has not ended; run: nnflow index"):
             NeighbourIndex.open(folder)
 
-    @pytest.mark.parametrize("step", ["save", "write_index", "file_mark", "write_json"])
-    def test_a_build_that_dies_between_the_parts_never_opens(
+    @pytest.mark.parametrize("step", ["fit_embedding", "set_probes", "write_index", "file_mark"])
+    def test_a_build_that_dies_before_its_parts_leaves_the_old_index(
         self, folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Parts of the old build lie beside those of the new one."""
-
         def dies(*arguments: object, **keywords: object) -> None:
             raise KeyboardInterrupt
 
-        where = module.Embedding if step == "save" else module
-        store = ImageStore.open(folder)
+        before = {name: (folder / name).read_bytes() for name in PARTS}
         with monkeypatch.context() as patch:
-            patch.setattr(where, step, dies)
+            patch.setattr(building, step, dies)
+            with pytest.raises(KeyboardInterrupt):
+                build(ImageStore.open(folder), 7)
+        assert {name: (folder / name).read_bytes() for name in PARTS} == before
+        assert NeighbourIndex.open(folder).rank == 6
+        assert build(ImageStore.open(folder), 7).rank == NeighbourIndex.open(folder).rank == 7
+
+    @pytest.mark.parametrize("name", PARTS[1:])
+    def test_a_build_that_dies_between_the_parts_never_opens(
+        self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Parts of the old build lie beside those of the new one."""
+        store, real = ImageStore.open(folder), Path.replace
+
+        def dies(path: Path, target: Path) -> Path:
+            if target == folder / name:
+                raise KeyboardInterrupt
+            return real(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dies)
             with pytest.raises(KeyboardInterrupt):
                 build(store, 7)
         with refused(StoreError, "a build that has not ended"):
             NeighbourIndex.open(folder)
         assert build(store, 7).rank == NeighbourIndex.open(folder).rank == 7
-
-    def test_a_build_that_dies_before_its_parts_leaves_the_old_index(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def dies(*arguments: object, **keywords: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(module, "_add_images", dies)
-        with pytest.raises(KeyboardInterrupt):
-            build(ImageStore.open(folder), 7)
-        assert NeighbourIndex.open(folder).rank == 6
 
     @pytest.mark.parametrize("name", PARTS[1:])
     def test_a_damaged_part_is_built_again(self, folder: Path, name: str) -> None:

@@ -12,11 +12,11 @@ ROOT = Path(nnflow.__file__).parent
 
 # A module imports only from those above it.
 ORDER = """
-errors memory files path weighted pixels
+errors memory files filemap path weighted pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file ingest store
-integers embedding coordinates faiss_backend probing manifest index support nearfield scan
-residual ladder products farfield calibration velocity calibrating settling targets
+integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
+nearfield scan residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
 sampling metrics evaluation sheet plots curves
 cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
@@ -30,7 +30,7 @@ ONLY = {
     "diffusers": {"unet"},
     "accelerate": {"training"},
     "torchdiffeq": {"sampling"},
-    "safetensors": {"embedding", "unet", "checkpoint"},
+    "safetensors": {"embedding", "unfinished", "unet", "checkpoint"},
     "pyarrow": {"sources.parquet"},
     "click": {name for name in ORDER if name.startswith("cli")},
 }

@@ -4,7 +4,7 @@ import pytest
 from refusals import refused
 
 from nnflow.errors import InputError
-from nnflow.memory import format_bytes, parse_bytes, rows_within
+from nnflow.memory import format_bytes, parse_bytes, rows_within, working_memory
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,9 @@ def test_rows_fill_the_budget_and_never_exceed_it() -> None:
         rows_within(9, 10, at_most=1000, what="scores")
     with refused(InputError, "29 B is too small: one row of the block takes 10 B .*1/3.* at least 30 B"):
         rows_within(29, 10, at_most=1000, share=3)
+
+
+def test_working_memory_is_what_the_libraries_leave() -> None:
+    assert working_memory(2 << 30) == (2 << 30) - (400 << 20)
+    assert working_memory(400 << 20) == 100 << 20
+    assert working_memory(8) == 2

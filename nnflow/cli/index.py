@@ -13,7 +13,8 @@ from nnflow.cli.options import FOLDER, TOLERANCE, RankType, memory_option
 from nnflow.errors import StoreError
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
-from nnflow.memory import format_bytes
+from nnflow.manifest import COORDINATES, INDEX
+from nnflow.memory import format_bytes, working_memory
 from nnflow.probing import TIMES
 from nnflow.store import ImageStore
 
@@ -101,6 +102,7 @@ def index(
     files are given as their folder, or by a pattern in quotes, 'DIR/train-*'. A build that was stopped
     goes on with the same command; a finished one is reused, and measured only where it has not been.
     """
+    memory = working_memory(memory)
     store = ImageStore.build(
         source,
         out,
@@ -116,8 +118,16 @@ def index(
     )
     built = NeighbourIndex.build(store, out, rank=rank, kind=kind, memory=memory, seed=seed, progress=True)
     if calibration_seconds and isinstance(_calibration(built), StoreError):
-        measure_into(built, seconds=calibration_seconds, tolerance=TOLERANCE, seed=seed, memory=memory)
+        measure_into(
+            built, seconds=calibration_seconds, tolerance=TOLERANCE, seed=seed, memory=_beside(built, memory)
+        )
     click.echo(_told(built))
+
+
+def _beside(index: NeighbourIndex, memory: int) -> int:
+    """What the vectors and coordinates of an open index leave of `memory`, at least a quarter."""
+    held = sum(index.manifest["files"][name]["bytes"] for name in (INDEX, COORDINATES))
+    return max(memory - held, memory // 4)
 
 
 @click.command()
