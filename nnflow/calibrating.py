@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, name_of, support_of
+from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, name_of
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
+from nnflow.planned import support_of
 from nnflow.store import ImageStore
 from nnflow.support import Support
 

@@ -3,7 +3,7 @@
 A support answers for a batch of queries with a `Part`: the soft-max mean of the images it summed, those it
 only estimated among them, and an upper bound on the log-mass of those it left out. All images (`scan`), the
 k nearest (`nearfield`), the nearest and an estimate of the rest (`farfield`), and a choice between these
-(`calibrated`) differ in nothing else.
+(`planned`) differ in nothing else.
 """
 
 from abc import ABC, abstractmethod
