@@ -22,9 +22,23 @@ from nnflow.index import NeighbourIndex
 FORMAT = "nnflow-calibration-1"
 FILE = "calibration.json"
 EXACT = "exact"
+_ELSE = " else "
 
 _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
 BATCH = 128  # queries at uniform times whose cost a plan makes small: a usual training batch
+
+
+def ways_of(ladder: str) -> tuple[str, ...]:
+    """The ways a query may be summed under this name, in turn: of "64/32 alone else 512/100" there are two.
+
+    The second takes those queries that the first has not settled (`planned`).
+    """
+    return tuple(ladder.split(_ELSE))
+
+
+def in_turn(first: str, then: str) -> str:
+    """The name of `first`, and `then` for those it does not settle."""
+    return f"{first}{_ELSE}{then}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class Calibration:
 
     def call(self, ladders: Iterable[str]) -> float:
         """Seconds per query of a batch that is divided among `ladders`, beside those of its queries."""
-        return sum(self.calls.get(name, 0.0) for name in set(ladders)) / BATCH
+        return _called(ladders, self.calls) / BATCH
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON."""
@@ -175,28 +189,39 @@ class Calibration:
         return cls(entries, values["index"], calls, dict(values.get("about", {})))
 
 
-def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
-    """One of the names of each of `costs`, of small sum with the `calls` of all names used.
+def _called(ladders: Iterable[str], calls: Mapping[str, float]) -> float:
+    """Seconds of calling each way that these ladders take once."""
+    return sum(calls.get(way, 0.0) for way in {way for name in ladders for way in ways_of(name)})
 
-    From the cheapest of each, names are given up one by one, for any other or for one that is used already,
+
+def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
+    """One of the names of each of `costs`, of small sum with the `calls` of all ways they take.
+
+    From the cheapest of each, ways are given up one by one, for any other or for one that is used already,
     while that makes the whole cheaper: the best of all divisions is one of many thousands, and this is at
     most a few per cent from it.
     """
 
-    def cheapest(names: set[str]) -> tuple[tuple[str, ...], float]:
-        chosen = tuple(min((name for name in cost if name in names), key=cost.__getitem__) for cost in costs)
+    def cheapest(ways: set[str]) -> tuple[tuple[str, ...], float]:
+        chosen = tuple(
+            min((name for name in cost if ways.issuperset(ways_of(name))), key=cost.__getitem__)
+            for cost in costs
+        )
         whole = sum(cost[name] for cost, name in zip(costs, chosen, strict=True))
-        return chosen, whole + sum(calls.get(name, 0.0) for name in set(chosen))
+        return chosen, whole + _called(chosen, calls)
 
-    names = set().union(*costs)
-    best, least = cheapest(names)
+    def suffice(ways: set[str]) -> bool:
+        return all(any(ways.issuperset(ways_of(name)) for name in cost) for cost in costs)
+
+    ways = {way for cost in costs for name in cost for way in ways_of(name)}
+    best, least = cheapest(ways)
     while True:
-        fewer = [some - {name} for name in sorted(set(best)) for some in (names, set(best))]
-        fewer = [some for some in fewer if all(set(cost) & some for cost in costs)]
-        tried = [(*cheapest(some), some) for some in fewer]
+        used = {way for name in best for way in ways_of(name)}
+        fewer = [some - {way} for way in sorted(used) for some in (ways, used)]
+        tried = [(*cheapest(some), some) for some in fewer if suffice(some)]
         if not tried or min(whole for _, whole, _ in tried) >= least:
             return best
-        best, least, names = min(tried, key=lambda one: one[1])
+        best, least, ways = min(tried, key=lambda one: one[1])
 
 
 def _entry(value: dict[str, Any]) -> Entry:
