@@ -18,8 +18,8 @@ from nnflow.memory import parse_bytes
 _TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
 _LARGEST = 2**63 - 1
 
-# These change what is written down on the way, never the weights, so a resumed run may change them.
-BOOKKEEPING = frozenset({"checkpoint_every", "keep", "sample_every", "log_every"})
+# These change what is written down on the way and when, never the weights, so a resumed run may change them.
+BOOKKEEPING = frozenset({"checkpoint_every", "keep", "sample_every", "log_every", "prefetch"})
 
 
 def _knob(
@@ -54,6 +54,11 @@ class TrainConfig:
         0.01, "relative velocity error of near-and-far, by the index's calibration", low=1e-6, high=1.0
     )
     memory: str = _knob("1GiB", "working memory of the target, e.g. 512MiB")
+    prefetch: str = _knob(
+        "auto",
+        "make targets beside the network, in a thread; auto does on a GPU, not on the cores it would share",
+        choices=("auto", "on", "off"),
+    )
 
     steps: int = _knob(500_000, "optimiser steps in all", low=1, high=99_999_999)
     batch: int = _knob(128, "images per step, over all processes", low=1)

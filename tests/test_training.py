@@ -17,6 +17,7 @@ from stores import store_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nnflow import training
+from nnflow.batches import seed_of
 from nnflow.calibrating import calibrate
 from nnflow.config import resolve
 from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError, StoreError
@@ -26,7 +27,6 @@ from nnflow.sampling import sample
 from nnflow.settling import SETTLING, write_settling
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher
-from nnflow.trainer import seed_of
 from nnflow.training import train
 from nnflow.unet import LearnedVelocity, newest_checkpoint
 from nnflow.velocity import EmpiricalVelocity
@@ -523,14 +523,18 @@ def test_two_processes_train_one_network(store, straight, tmp_path):
         tmp_path / "run",
         """
         from safetensors.torch import save_file
-        rank, seen, usual = os.environ["RANK"], [], training.Trainer._batch
-        def batch(self, generator):
-            found = usual(self, generator)
-            seen.append(found[1].clone())
-            kept.append(self.network)
+        from nnflow import batches
+        rank, seen, usual = os.environ["RANK"], [], batches.Batches.make
+        def make(self, step):
+            found = usual(self, step)
+            seen.append(found.xt.clone())
             return found
-        kept = []
-        training.Trainer._batch = batch
+        batches.Batches.make = make
+        kept, first = [], trainer.Trainer.restore
+        def restore(self):
+            first(self)
+            kept.append(self.network)
+        trainer.Trainer.restore = restore
         def save(*args, usual=trainer.checkpoints.save, **rest):
             assert rank == "0"
             return usual(*args, **rest)
