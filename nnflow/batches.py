@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -142,7 +143,7 @@ class _Ahead:
             self._stream = torch.cuda.Stream(batches.device)
             self._stream.wait_stream(torch.cuda.current_stream(batches.device))  # the field's own tensors
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nnflow-targets")
-        self._waiting: list[tuple[int, Future[tuple[Batch, torch.cuda.Event | None]]]] = []
+        self._waiting: list[tuple[int, Future[tuple[Batch, Any]]]] = []
         self._fill()
 
     def take(self, step: int) -> Batch:
@@ -168,7 +169,7 @@ class _Ahead:
         while len(self._waiting) < _AHEAD and (step := next(self._steps, None)) is not None:
             self._waiting.append((step, self._pool.submit(self._make, step)))
 
-    def _make(self, step: int) -> "tuple[Batch, torch.cuda.Event | None]":
+    def _make(self, step: int) -> tuple[Batch, Any]:
         if self._stream is None:
             return self._batches.make(step), None
         with torch.cuda.stream(self._stream):

@@ -1,5 +1,7 @@
 """Training: the same weights whatever interrupts it, and refusals that lose nothing."""
 
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -7,8 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +20,8 @@ from safetensors.torch import load_file
 from stores import store_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnflow import training
-from nnflow.batches import seed_of
+from nnflow import trainer, training
+from nnflow.batches import Batches, seed_of
 from nnflow.calibrating import calibrate
 from nnflow.config import resolve
 from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError, StoreError
@@ -26,7 +30,7 @@ from nnflow.index import NeighbourIndex
 from nnflow.sampling import sample
 from nnflow.settling import SETTLING, write_settling
 from nnflow.store import ImageStore
-from nnflow.targets import EmpiricalFlowMatcher
+from nnflow.targets import EmpiricalFlowMatcher, make_matcher
 from nnflow.training import train
 from nnflow.unet import LearnedVelocity, newest_checkpoint
 from nnflow.velocity import EmpiricalVelocity
@@ -124,6 +128,104 @@ def test_stopping_and_resuming_gives_the_same_weights(store, straight, tmp_path,
     assert second.step == 6
 
 
+@pytest.mark.parametrize("knobs", [{}, {"target": "efm"}, {"target": "efm-unbiased", "k": 3}])
+def test_targets_made_beside_the_network_are_the_same(store, straight, tmp_path, knobs):
+    """And the thread that makes them has ended with the run."""
+    index = NeighbourIndex.build(store, store.folder, rank="pixels")
+    runs = [
+        train(index, tmp_path / prefetch, tiny(**knobs, prefetch=prefetch)).checkpoint
+        for prefetch in ("on", "off")
+    ]
+    same(*runs)
+    if not knobs:
+        same(runs[0], straight.checkpoint)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nnflow")]
+
+
+@pytest.mark.parametrize("prefetch", ["on", "off"])
+def test_a_target_that_fails_stops_its_step_and_keeps_those_before(store, tmp_path, monkeypatch, prefetch):
+    def fail(step, ut):
+        if step == 4:
+            raise StoreError("images.h5: input/output error")
+        return ut
+
+    spied(monkeypatch, fail)
+    with pytest.raises(StoreError, match=r"^images\.h5: input/output error$"):
+        train(store, tmp_path / "run", tiny(checkpoint_every=1, prefetch=prefetch))
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000003"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nnflow")]
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", False), ("cuda", True)])
+def test_unasked_targets_are_made_beside_the_network_on_a_gpu_only(device, ahead, monkeypatch):
+    """There are no spare cores for them on the CPU."""
+    asked = []
+
+    @contextlib.contextmanager
+    def supply(batches, steps, *, ahead):
+        asked.append((steps, ahead))
+        yield None
+
+    monkeypatch.setattr(trainer, "supply", supply)
+    fake = SimpleNamespace(config=tiny(), device=torch.device(device), batches=None, step=2)
+    with trainer.Trainer.supplied(fake):
+        pass
+    assert asked == [(range(2, 6), ahead)]
+
+
+def test_the_pace_is_told(store, tmp_path, monkeypatch):
+    """Targets take 20 ms at least: those of 6 steps, made by and by or while the network is at its step."""
+
+    def slow(step, ut):
+        time.sleep(0.02)
+        return ut
+
+    spied(monkeypatch, slow)
+    runs = {
+        prefetch: train(store, tmp_path / prefetch, tiny(prefetch=prefetch)) for prefetch in ("off", "on")
+    }
+    for prefetch, done in runs.items():
+        seconds = 6 * 6 / done.pace.images_per_second
+        assert 0.12 <= done.pace.on_targets * seconds < seconds < done.seconds
+        assert done.pace.estimates is None
+        rates = points(done.folder, "images_per_second")
+        assert [step for step, _ in rates] == [2, 4, 6]
+        assert sum(12 / rate for _, rate in rates) == pytest.approx(seconds, rel=1e-5)
+        waiting = [
+            share * 12 / rate
+            for (_, share), (_, rate) in zip(
+                points(done.folder, "share_of_time_waiting_for_targets"), rates, strict=True
+            )
+        ]
+        assert sum(waiting) == pytest.approx(done.pace.waiting * seconds, rel=1e-5)
+        assert (done.pace.waiting >= done.pace.on_targets) or prefetch == "on"
+
+
+def test_the_estimates_behind_the_targets_are_told(store, tmp_path):
+    """As the batches made again say: of entries of two steps, and of the run."""
+    done = train(store, tmp_path / "run", tiny(target="efm", prefetch="on"))
+    field = EmpiricalVelocity.exact(store, flip=True, device="cpu")
+    again = Batches(
+        store,
+        make_matcher("efm", store, field=field, flip=True),
+        tiny(),
+        size=6,
+        rank=0,
+        device=torch.device("cpu"),
+    )
+    log_ess = []
+    for step in range(6):
+        batch = again.make(step)
+        log_ess.append(field.estimate(batch.xt, batch.t, batch.labels).ess.log().mean().item())
+    told = dict(points(done.folder, "targets/effective_images"))
+    assert told == pytest.approx(
+        {2 * i + 2: math.exp((log_ess[2 * i] + log_ess[2 * i + 1]) / 2) for i in range(3)}, rel=1e-5
+    )
+    assert done.pace.estimates.ess == pytest.approx(math.exp(sum(log_ess) / 6), rel=1e-5)
+    assert (done.pace.estimates.asked, done.pace.estimates.certified) == (1, 1)
+    assert points(done.folder, "targets/tail_mass") == [(2, 0), (4, 0), (6, 0)]
+
+
 def test_resuming_a_finished_run_changes_nothing(store, tmp_path):
     first = train(store, tmp_path / "run", tiny(steps=2))
     before = {p: p.stat().st_mtime_ns for p in first.checkpoint.rglob("*")}
@@ -147,8 +249,12 @@ def script(store, run, extra):
 
 
 def test_killed_and_resumed_gives_the_same_weights(store, straight, tmp_path):
-    """SIGKILL in the middle of writing the checkpoint of step 4: step 2 is the last whole one."""
+    """SIGKILL in the middle of writing the checkpoint of step 4: step 2 is the last whole one.
+
+    The killed run makes targets beside the network, the one that goes on with it does not.
+    """
     killing = """
+        config = config.replace({"prefetch": "on"})
         def kill(*_):
             os.kill(os.getpid(), signal.SIGKILL)
         usual = trainer.checkpoints.save
@@ -173,17 +279,18 @@ def test_killed_and_resumed_gives_the_same_weights(store, straight, tmp_path):
     assert points(run) == points(straight.folder)
 
 
-def test_sigint_saves_and_stops(store, straight, tmp_path):
+@pytest.mark.parametrize(("prefetch", "other"), [("on", "off"), ("off", "on")])
+def test_sigint_saves_and_stops(store, straight, tmp_path, prefetch, other):
     def interrupt(model, step, folder):
         os.kill(os.getpid(), signal.SIGINT)
 
-    knobs = {"sample_every": 3, "checkpoint_every": 1000}
+    knobs = {"sample_every": 3, "checkpoint_every": 1000, "prefetch": prefetch}
     usual = signal.getsignal(signal.SIGINT)
     stopped = train(store, tmp_path / "run", tiny(**knobs), on_sample=interrupt)
     assert signal.getsignal(signal.SIGINT) is usual
     assert (stopped.interrupted, stopped.step) == (True, 4)
     assert stopped.checkpoint.name == "step-00000004"
-    resumed = train(store, tmp_path / "run", tiny(**knobs), resume=True)
+    resumed = train(store, tmp_path / "run", tiny(**knobs | {"prefetch": other}), resume=True)
     assert not resumed.interrupted
     same(straight.checkpoint, resumed.checkpoint)
 
@@ -194,7 +301,8 @@ def test_a_second_sigint_ends_it_at_once(store, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(store, tmp_path / "run", tiny(sample_every=3), on_sample=interrupt)
+        train(store, tmp_path / "run", tiny(sample_every=3, prefetch="on"), on_sample=interrupt)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nnflow")]
     with folder_lock(tmp_path / "run"):  # nothing is held
         assert newest_checkpoint(tmp_path / "run").name == "step-00000002"
 
@@ -539,7 +647,7 @@ def test_two_processes_train_one_network(store, straight, tmp_path):
             assert rank == "0"
             return usual(*args, **rest)
         trainer.checkpoints.save = save
-        training.train(store, run, config)
+        training.train(store, run, config.replace({"prefetch": "on"}))
         weights = {name: value.detach().clone() for name, value in kept[0].unet.state_dict().items()}
         save_file(weights | {"seen": torch.cat(seen)}, run + "." + rank)
         torch.distributed.destroy_process_group()
