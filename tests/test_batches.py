@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peaks import peak_of
+from runs import workers
 from stores import store_of
 from torch import Tensor
 
@@ -56,10 +57,6 @@ def batches(store: ImageStore) -> Batches:
 def same(one: Batch, other: Batch) -> bool:
     pairs = zip(one.tensors(), other.tensors(), strict=True)
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
-
-
-def workers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nnflow")]
 
 
 def test_a_batch_depends_on_seed_step_and_process_alone(store: ImageStore, batches: Batches) -> None:
