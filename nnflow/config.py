@@ -1,4 +1,4 @@
-"""Every knob of a training run, its range, and two sets of values that belong together.
+"""Every knob of a training run, its range, and sets of values that belong together.
 
 The command line makes one option of each field: `metadata` holds its help, its range (`low`,
 `high`, both included) or its `choices`. The values a run was made with are saved beside it, and a
@@ -205,10 +205,20 @@ def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
     return kind(value)
 
 
-# The recipe of arXiv 2506.03719 for CIFAR-10, and one for scikit-learn's 8x8 digits on a laptop.
+# The recipe of arXiv 2506.03719 for CIFAR-10; one for 64x64 on a GPU; one for scikit-learn's 8x8 digits on a
+# laptop. `imagenet64` has the widths of facebookresearch/flow_matching's ImageNet example (there in
+# examples/image/models/model_configs.py), which are those of ADM (arXiv 2105.05233): 192 channels times 1, 2,
+# 3, 4; 3 blocks; attention at a half, a quarter and an eighth of the side; 64 channels a head; Adam 1e-4.
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
         "cifar10": TrainConfig(),
+        "imagenet64": TrainConfig(
+            learning_rate=1e-4,
+            mixed_precision="bf16",
+            channels=(192, 384, 576, 768),
+            blocks=3,
+            attention=(32, 16, 8),
+        ),
         "digits": TrainConfig(
             steps=1_600,
             batch=64,
