@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nnflow.config import TrainConfig
 from nnflow.diary import Stopwatch
+from nnflow.filemap import let_go
 from nnflow.memory import parse_bytes
-from nnflow.pixels import PixelRows
 from nnflow.store import ImageStore
 from nnflow.tally import Tally
 from nnflow.targets import EmpiricalFlowMatcher
@@ -81,7 +81,7 @@ class Batches:
         self.store, self.matcher, self.config = store, matcher, config
         self.size, self.rank, self.device = size, rank, device
         self.clock = Stopwatch(device)  # of the targets alone
-        self._rows, self._budget = PixelRows(store.pixels), parse_bytes(config.memory)
+        self._large = 4 * store.pixels.nbytes > parse_bytes(config.memory)  # as `PixelRows.let_go` has it
 
     def make(self, step: int) -> Batch:
         """The batch of `step`.
@@ -92,7 +92,8 @@ class Batches:
         size, place = self.size, self.device
         ids = torch.randint(len(self.store), (size,), generator=generator)
         x1 = self.store.images(ids.to(place))
-        self._rows.let_go(self._budget)
+        if self._large:
+            let_go(self.store.pixels)
         x0 = torch.randn(x1.shape, generator=generator).to(place)
         t = torch.rand(size, generator=generator).to(place)
         flipped = None

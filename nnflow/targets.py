@@ -26,6 +26,7 @@ from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.path import along, interpolate
 from nnflow.pixels import HALF_RANGE
+from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.tally import Tally
 from nnflow.velocity import EmpiricalVelocity, Estimate
@@ -278,6 +279,7 @@ class EmpiricalFlowMatcher:
     def __init__(self, target: Target | EmpiricalVelocity) -> None:
         self.target = EmpiricalTarget(target) if isinstance(target, EmpiricalVelocity) else target
 
+    @full_float32()
     @torch.no_grad()
     def sample_location_and_conditional_flow(
         self,

@@ -24,6 +24,7 @@ from nnflow.errors import InputError
 from nnflow.files import folder_lock
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
+from nnflow.precision import full_float32
 from nnflow.settling import SETTLING, read_settling
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher, make_matcher
@@ -94,6 +95,8 @@ def train(
     store = source.store if isinstance(source, NeighbourIndex) else source
     with contextlib.ExitStack() as stack:
         stack.enter_context(_same_random_state_after(accelerator.device))
+        # Else weights would depend on a switch of the caller's, and on when targets are made beside them.
+        stack.enter_context(full_float32())
         matcher = _matcher(source, config, accelerator.device)
         record = _record(source, config)
         network = build(config, record.shape, len(record.classes))

@@ -12,7 +12,7 @@ ROOT = Path(nnflow.__file__).parent
 
 # A module imports only from those above it.
 ORDER = """
-errors memory files filemap path weighted pixels
+errors memory precision files filemap path weighted pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
