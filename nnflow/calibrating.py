@@ -23,6 +23,7 @@ from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
 from nnflow.planned import settled, support_of
+from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.support import Support
 
@@ -175,6 +176,7 @@ def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
     return known and ranks[0] < dim and ladder.levels[0][1] < count
 
 
+@full_float32()
 def calibrate(
     index: NeighbourIndex,
     *,
