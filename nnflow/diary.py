@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nnflow.files import disk_errors
 from nnflow.tally import TargetFigures
 from nnflow.unet import train_extra
 
@@ -91,6 +92,7 @@ class Diary:
 
     Args:
         accelerator: of the run.
+        folder: that `board` writes in.
         board: TensorBoard's writer; None in processes that do not write.
         bar: moves with the steps.
         batch: images per step, over all processes.
@@ -98,9 +100,16 @@ class Diary:
     """
 
     def __init__(
-        self, accelerator: Any, board: Any, bar: "tqdm[Any]", *, batch: int, tolerance: float
+        self,
+        accelerator: Any,
+        folder: Path,
+        board: Any,
+        bar: "tqdm[Any]",
+        *,
+        batch: int,
+        tolerance: float,
     ) -> None:
-        self._accelerator, self._board, self._bar = accelerator, board, bar
+        self._accelerator, self._folder, self._board, self._bar = accelerator, folder, board, bar
         self._batch, self._tolerance = batch, tolerance
         self._whole = _Sums()
         self.loss = float("nan")  # of the last entry
@@ -148,9 +157,10 @@ class Diary:
         )
         if self._board is not None:
             values = {"loss": self.loss, "gradient_norm": norm, "learning_rate": rate} | pace.points()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            with disk_errors(self._folder, "writing in"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
         self._begin()
 
 
@@ -172,7 +182,8 @@ def diary(
         if main:
             writer = train_extra("torch.utils.tensorboard").SummaryWriter
             # A killed run has points after its checkpoint: the same steps again replace them.
-            board = writer(str(folder), purge_step=first + 1)
+            with disk_errors(folder, "writing in"):
+                board = writer(str(folder), purge_step=first + 1)
             stack.callback(board.close)
         bar = tqdm(
             total=last,
@@ -181,7 +192,8 @@ def diary(
             unit="step",
             disable=not (progress and main),
         )
-        yield Diary(accelerator, board, stack.enter_context(bar), batch=batch, tolerance=tolerance)
+        shown_bar = stack.enter_context(bar)
+        yield Diary(accelerator, folder, board, shown_bar, batch=batch, tolerance=tolerance)
 
 
 class Stopwatch:

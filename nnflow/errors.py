@@ -13,6 +13,18 @@ class InputError(NNFlowError, ValueError):
     """An argument outside its range, shape, type or device."""
 
 
+class BudgetError(InputError):
+    """A memory budget in which not one row of a block has room.
+
+    Attributes:
+        least: bytes that would do, were there nothing else.
+    """
+
+    def __init__(self, message: str, *, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 class SourceError(NNFlowError, ValueError):
     """A source of images that is empty, unreadable or not what it was."""
 

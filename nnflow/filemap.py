@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
+
+from nnflow.errors import StoreError
+from nnflow.files import shown
 
 # The kernel maps up to 16 pages around one that is asked for, also before it: those would stay.
 _AROUND = 1 << 20
@@ -36,6 +40,41 @@ def mapped(path: Path, offset: int, shape: tuple[int, int]) -> UInt8[Tensor, "n 
         found = torch.from_numpy(rows)
     _maps[found.data_ptr()] = held  # lives as long as a tensor over it
     return found
+
+
+@dataclass(frozen=True)
+class Written:
+    """When a file was last written to, so that a change under an open map is noticed.
+
+    A file that another took the place of by a rename is no change: the map is still of the old one.
+    """
+
+    path: Path
+    node: int
+    size: int
+    when: int
+
+    @classmethod
+    def now(cls, path: Path) -> "Written":
+        """As it is."""
+        found = path.stat()
+        return cls(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def check(self) -> None:
+        """Refuses a file that has been written to since: 2 us; reading one that was cut ends the process.
+
+        Raises:
+            StoreError: naming it.
+        """
+        try:
+            found = Written.now(self.path)
+        except OSError:  # gone, but for the map
+            return
+        if found.node == self.node and found != self:
+            raise StoreError(
+                f"{shown(self.path)}: written to since it was opened ({self.size} bytes then, {found.size} "
+                "now); restore it or build it again, then open it again"
+            )
 
 
 def let_go(rows: Shaped[Tensor, "..."]) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nnflow import integers
 from nnflow.embedding import Embedding
-from nnflow.errors import DegradedWarning, InputError
+from nnflow.errors import BudgetError, DegradedWarning, InputError
 from nnflow.memory import format_bytes
 from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.store import ImageStore
@@ -74,9 +74,11 @@ def _affordable(dim: int, budget: int) -> int:
     """Images of a subset: float32 rows, their products, the directions; and float64 matrices of m x m."""
     images = min(budget // (24 * dim), max(512, math.isqrt(budget // 40)))
     if images < 256:
-        raise InputError(
+        least = 256 * 24 * dim
+        raise BudgetError(
             f"memory budget of {format_bytes(budget)} is too small to fit {dim} values on at least 256 "
-            f"images; give {format_bytes(256 * 24 * dim)}"
+            f"images; give {format_bytes(least)}",
+            least=least,
         )
     return images
 

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from nnflow.errors import InputError
+from nnflow.errors import BudgetError, InputError
 
 DEFAULT_BUDGET = 1 << 30  # bytes of working memory, beside the pixels themselves
 
@@ -49,6 +49,11 @@ def working_memory(whole: int) -> int:
     return max(whole - _LIBRARIES, whole // 4)
 
 
+def whole_memory(working: int) -> int:
+    """The least that `working_memory` leaves `working` bytes of."""
+    return min(working + _LIBRARIES, 4 * working)
+
+
 def format_bytes(size: int | float) -> str:
     """`size` bytes for people: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -62,13 +67,14 @@ def rows_within(budget: int, bytes_per_row: int, *, at_most: int, what: str = "b
     """Rows that fit in one `share`-th of `budget` bytes, at least one and no more than `at_most`.
 
     Raises:
-        InputError: a single row is larger than that.
+        BudgetError: a single row is larger than that.
     """
     rows = budget // share // max(1, bytes_per_row)
     if rows < 1:
-        raise InputError(
+        raise BudgetError(
             f"memory budget of {format_bytes(budget)} is too small: one row of the {what} takes "
             f"{format_bytes(bytes_per_row)}{f' of a 1/{share} share' if share > 1 else ''}; give at least "
-            f"{format_bytes(share * bytes_per_row)}"
+            f"{format_bytes(share * bytes_per_row)}",
+            least=share * bytes_per_row,
         )
     return int(min(rows, max(1, at_most)))

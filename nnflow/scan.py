@@ -177,6 +177,7 @@ def nearest_images(
             f"images of shape {tuple(x.shape)}: wanted finite values of shape (S, "
             f"{', '.join(map(str, store.shape[1:]))})"
         )
+    store.written.check()
     rows = PixelRows(store.pixels, x.device)
     flat = x.detach().flatten(1).float()
     wanted = min(k + _WEIGHED, len(store))

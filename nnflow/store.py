@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnflow import hdf5file
 from nnflow.errors import InputError, StoreError
-from nnflow.filemap import mapped
+from nnflow.filemap import Written, mapped
 from nnflow.files import folder_lock, shown
 from nnflow.ingest import IMAGES, build_images, is_unfinished
 
@@ -42,6 +42,7 @@ class ImageStore:
     paths: Sequence[str]  # of the n images within their source
     fingerprint: str  # of pixels, labels, classes and shape
     pixels: UInt8[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
+    written: Written  # when the file was, as it was opened
 
     @classmethod
     def build(
@@ -94,7 +95,7 @@ class ImageStore:
             path = path / IMAGES
             if is_unfinished(path.parent):
                 raise StoreError(f"{shown(path.parent)}: its build has not finished; repeat its command")
-        header = hdf5file.read_header(path)
+        header, written = hdf5file.read_header(path), Written.now(path)
         if not header.fingerprint:
             raise StoreError(f"{shown(path)}: its build has not finished; repeat the command")
         return cls(
@@ -105,6 +106,7 @@ class ImageStore:
             paths=header.paths,
             fingerprint=header.fingerprint,
             pixels=mapped(path, header.pixels_at, (header.shape[0], header.row_bytes)),
+            written=written,
         )
 
     def __len__(self) -> int:
@@ -120,6 +122,7 @@ class ImageStore:
 
         Raises:
             InputError: ids of another shape or type, or outside [0, n).
+            StoreError: the file has been written to since it was opened.
         """
         if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype != torch.int64:
             got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -128,6 +131,7 @@ class ImageStore:
         low, high = (int(rows.min()), int(rows.max())) if len(rows) else (0, 0)
         if low < 0 or high >= len(self):
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
+        self.written.check()
         chosen = self.pixels[rows].to(ids.device)
         return to_float(chosen).reshape(len(rows), *self.shape[1:])
 

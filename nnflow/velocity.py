@@ -209,8 +209,10 @@ class EmpiricalVelocity(Velocity):
 
         Raises:
             InputError: wrong shape, type, device, NaN, a time outside [0, 1), an unknown label.
+            StoreError: the file of the images has been written to since it was opened.
         """
         times = self._checked(x, t)
+        self.store.written.check()
         flat = x.flatten(1)
         part = self._over_classes(flat, times, label)
         if self.flip:

@@ -196,7 +196,9 @@ def test_minus_one_is_no_label(tmp_path):
         assert source.items[0].group is None
     LABELS_SOME = LABELS.copy()
     LABELS_SOME[7] = -1
-    with refused(SourceError, r"row 7 of x\.npz has the label -1, others have classes"):
+    with refused(
+        SourceError, r"row 7 of x\.npz has no label \(none, or -1\), others have classes; wanted 0 or more"
+    ):
         open_source(saved(tmp_path / "x.npz", data=FLAT, labels=LABELS_SOME))
 
 

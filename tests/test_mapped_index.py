@@ -45,10 +45,10 @@ def written(kind: str, points: np.ndarray, folder: Path) -> Path:
 KINDS = [
     "flat",
     "IVF64,Flat",
-    "IVF64,PQ16x8",
+    "IVF64,PQ16x4",
     "IVF64,SQfp16",
     "PCA32,IVF64,Flat",
-    "IVF64,PQ16x4,RFlat",
+    "IVF64,PQ8x4,RFlat",
     "SQ8",
 ]
 

@@ -155,8 +155,8 @@ def test_minus_one_is_no_label(tmp_path):
     with open_source(path) as source:
         assert source.classes == ()
     for label, words in (
-        ([2, -1], "the label -1"),
-        ([1, None], "the label -1"),
+        ([2, -1], r"no label \(none, or -1\)"),
+        ([1, None], r"no label \(none, or -1\)"),
         ([0, 4], "the label 4, .*0 to 3"),
     ):
         with refused(SourceError, rf"row 1 of x\.parquet has {words}"):
@@ -233,13 +233,15 @@ def test_a_row_without_bytes_is_one_unreadable_image(tmp_path, files):
     for images in (rows, [row and row["bytes"] for row in rows]):
         path = write_table(tmp_path / "x.parquet", image=images)
         for workers in (1, 4):
-            with refused(UnreadableImageError, "05: a row without bytes; pass --skip-unreadable"):
+            with refused(
+                UnreadableImageError, r"05: row 5 of x\.parquet is without bytes; pass --skip-unreadable"
+            ):
                 build_images(path, tmp_path / "out", size=8, workers=workers)
         store = ImageStore.build(path, tmp_path / "out", size=8, skip_unreadable=True)
         assert len(store) == 18
         assert (tmp_path / "out/skipped.csv").read_text().splitlines()[1:] == [
-            "05,a row without bytes",
-            "13,a row without bytes",
+            "05,row 5 of x.parquet is without bytes",
+            "13,row 13 of x.parquet is without bytes",
         ]
         (tmp_path / "out/images.h5").unlink()
 

@@ -1,20 +1,22 @@
 """nnflow index and nnflow info."""
 
 import csv
+import functools
 import json
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import click
 
 from nnflow.calibration import Calibration
 from nnflow.cli.calibrate import exact_share, measure_into, stretches
-from nnflow.cli.options import FOLDER, TOLERANCE, RankType, memory_option
-from nnflow.errors import StoreError
+from nnflow.cli.options import FOLDER, TOLERANCE, F, RankType, memory_option
+from nnflow.errors import BudgetError, InputError, StoreError
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
 from nnflow.manifest import COORDINATES, INDEX
-from nnflow.memory import format_bytes, working_memory
+from nnflow.memory import format_bytes, whole_memory, working_memory
 from nnflow.probing import TIMES
 from nnflow.store import ImageStore
 
@@ -39,6 +41,20 @@ class NamesType(click.ParamType):
         if not all(names) or not names:
             self.fail(f"{value!r}: wanted names of classes such as cat,dog", param, ctx)
         return names
+
+
+def _of_the_whole(function: F) -> F:
+    """Says what --memory would do, where what is left of it beside the libraries is too little."""
+
+    @functools.wraps(function)
+    def build(**options: Any) -> Any:
+        try:
+            return function(**options)
+        except BudgetError as error:
+            least = math.ceil(whole_memory(error.least) / 1024)
+            raise InputError(f"{error} beside what the libraries take: --memory {least}KiB") from error
+
+    return cast("F", build)
 
 
 @click.command()
@@ -79,6 +95,7 @@ class NamesType(click.ParamType):
     help="About how long to measure the field's errors, as nnflow calibrate does with more; 0 skips it.",
 )
 @memory_option
+@_of_the_whole
 def index(
     source: Path,
     out: Path,

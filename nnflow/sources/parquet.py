@@ -95,7 +95,9 @@ class ParquetSource(Source):
         except SourceError as error:
             raise UnreadableImageError(item.path, str(error)) from error
         if content is None:
-            raise UnreadableImageError(item.path, "a row without bytes")
+            raise UnreadableImageError(
+                item.path, f"row {row} of {shown(self._tables[file].path.name)} is without bytes"
+            )
         if len(content) > MAX_FILE_BYTES:
             raise UnreadableImageError(item.path, too_large(len(content)))
         return content

@@ -146,9 +146,10 @@ def _refuse_outside(values: Int[np.ndarray, " n"], name: str, source: Path, belo
     wrong = np.flatnonzero((values < 0) | (values >= (math.inf if below is None else below)))
     if len(wrong):
         wanted = "0 or more" if below is None else f"0 to {below - 1}, which have names"
+        first = values[wrong[0]]
+        told = "no label (none, or -1)" if first == -1 else f"the label {first}"
         raise SourceError(
-            f"{shown(source)}: row {wrong[0]} of {name} has the label {values[wrong[0]]}, others have "
-            f"classes; wanted {wanted}"
+            f"{shown(source)}: row {wrong[0]} of {name} has {told}, others have classes; wanted {wanted}"
         )
 
 
