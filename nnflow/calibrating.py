@@ -21,7 +21,6 @@ from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
-from nnflow.pixels import PixelRows
 from nnflow.planned import settled, support_of
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
@@ -121,7 +120,7 @@ class _Bench:
 
     def __init__(self, index: NeighbourIndex, held_out: ImageStore | None, budget: int, seed: int) -> None:
         self.index, self.held_out, self.seed = index, held_out, seed
-        self.rows = PixelRows(index.store.pixels)
+        self.rows = index.store.rows()
         self.images = slice(0, len(index))
         self.exact = support_of(EXACT, index, self.rows, budget)
         count, dim = index.store.pixels.shape

@@ -36,7 +36,7 @@ from nnflow.metrics import (
 from nnflow.path import interpolate
 from nnflow.sampling import noise_of
 from nnflow.scan import nearest_images
-from nnflow.store import ImageStore, to_uint8
+from nnflow.store import ImageStore
 from nnflow.velocity import EmpiricalVelocity
 
 Field = Callable[..., Tensor]  # called as (x, t), or (x, t, label) when conditional
@@ -56,7 +56,8 @@ class Nearness:
     Attributes:
         memorised: share by d1 <= d2 / 3. Of held-out images it is the null: what the threshold
             says of images that nobody copied.
-        copies: images equal to a training image in every byte; all of them count as memorised.
+        copies: images equal to a training image in every byte (of latents: to the spacing of the stored
+            numbers); all of them count as memorised.
         histogram: of d1, L2 with pixels in [-1, 1].
     """
 
@@ -256,9 +257,8 @@ def _two_nearest(
             block = _take(images, ids)
             near = nearest_images(store, block, 2, memory=memory // 2)
             distances.append(near.distances.cpu())
-            # In bytes: codecs that round differently in the last bit of a float write equal pixels.
-            nearest = to_uint8(store.images(near.ids[:, 0].cpu()))
-            copies += int((to_uint8(block) == nearest).flatten(1).all(1).sum())
+            nearest = store.images(near.ids[:, 0].cpu())
+            copies += int(store.codec.same(block.flatten(1), nearest.flatten(1)).sum())
             bar.update(len(ids))
     return torch.cat(distances), copies
 

@@ -35,7 +35,6 @@ from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.files import shown, whole_file
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
-from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.precision import full_float32
 from nnflow.products import BITS, FAINTEST, Buffer
 from nnflow.store import ImageStore
@@ -168,7 +167,7 @@ class _Crowd:
 
     def __init__(self, index: NeighbourIndex, fall: float) -> None:
         self.embedding = index.embedding
-        self.rows = PixelRows(index.store.pixels)
+        self.rows = index.store.rows()
         self.shape = index.store.shape[1:]
         self.fall = fall  # of the nearest's term in L(scale): exp(-fall)
         count, rank = len(index), len(self.embedding.principal)
@@ -192,8 +191,8 @@ class _Crowd:
         exponents[own, own + start] = -torch.inf
         peak = exponents.amax(1)
         close, crowded = self._take_close(exponents, peak, (_CLOSE * length).clamp_min(_CLOSEST), start)
-        # Where there is no other, an impossible distance: no two images are further apart than 2 sqrt(D).
-        square = (-2 * peak.float()).clamp_max(4 * self.rows.dim).view(2, -1).amin(0)
+        # Where there is no other, an impossible distance: none are further apart than the diameter.
+        square = (-2 * peak.float()).clamp_max(self.rows.diameter**2).view(2, -1).amin(0)
         factor = 2 * self.fall / square
         terms = exponents.mul_(BITS * factor.repeat(2)[:, None]).clamp_min_(FAINTEST).exp2_()
         kept = 1 - _rounding(length / square.sqrt(), self.digits.shape[2]).double()
@@ -206,7 +205,7 @@ class _Crowd:
         )
 
     def _images(self, start: int, stop: int) -> Float[Tensor, "b D"]:
-        return self.rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
+        return self.rows.values(torch.arange(start, stop))
 
     def _coordinates(self, start: int, stop: int) -> Float[Tensor, "B R"]:
         """Those of the images, then those of their mirror images."""
@@ -266,7 +265,7 @@ class _Crowd:
             mine = self.rows.gather(one).float()
             mine[swap] = self._mirror(mine[swap])
             squares = mine.sub_(self.rows.gather(other)).square_().sum(1, dtype=torch.float64)
-            found.append(squares.sqrt() / HALF_RANGE)
+            found.append(squares.sqrt() / self.rows.codec.unit)
         return torch.cat(found)
 
     def _mirror(self, x: Float[Tensor, "m D"]) -> Float[Tensor, "m D"]:

@@ -1,31 +1,27 @@
-"""ImageStore: a finite set of images as one memory-mapped array, with labels and names.
-
-The codec between stored and computed pixels:  p in 0 .. 255  <->  p / 127.5 - 1 in [-1, 1].
-"""
+"""ImageStore: a finite set of images as one memory-mapped array, with labels and names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 
 from nnflow import hdf5file
+from nnflow.codec import BYTES, Codec, to_uint8
 from nnflow.errors import InputError, StoreError
 from nnflow.filemap import mapped
 from nnflow.files import folder_lock, shown
 from nnflow.ingest import IMAGES, build_images, is_unfinished
+from nnflow.pixels import PixelRows
+
+__all__ = ["ImageStore", "to_float", "to_uint8"]
 
 
 def to_float(pixels: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
     """0 .. 255 to float32 in [-1, 1]."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
-
-
-def to_uint8(images: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
-    """[-1, 1] to 0 .. 255, rounded; values outside are clamped, NaN is black."""
-    return images.float().add(1).mul_(127.5).nan_to_num_(nan=0.0).round_().clamp_(0, 255).byte()
+    return BYTES.values(pixels)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +37,8 @@ class ImageStore:
     classes: tuple[str, ...]  # sorted names; () when none
     paths: Sequence[str]  # of the n images within their source
     fingerprint: str  # of pixels, labels, classes and shape
-    pixels: UInt8[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
+    pixels: Num[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
+    codec: Codec = BYTES  # what the stored numbers stand for
 
     @classmethod
     def build(
@@ -129,7 +126,11 @@ class ImageStore:
         if low < 0 or high >= len(self):
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
         chosen = self.pixels[rows].to(ids.device)
-        return to_float(chosen).reshape(len(rows), *self.shape[1:])
+        return self.codec.values(chosen).reshape(len(rows), *self.shape[1:])
+
+    def rows(self, device: torch.device | str = "cpu") -> PixelRows:
+        """The images as fields and fits read them."""
+        return PixelRows(self.pixels, device, codec=self.codec)
 
     def class_rows(self, label: int) -> slice:
         """The rows of class `label`: images of one class are stored together.

@@ -25,7 +25,6 @@ from torch import Tensor
 from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.path import along, interpolate
-from nnflow.pixels import HALF_RANGE
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.tally import Tally
@@ -252,7 +251,7 @@ def _mean(
 ) -> Float[Tensor, "b D"]:
     x1, x0, time = pairs.x1.flatten(1), pairs.x0.flatten(1), pairs.t.double()
     images = store.pixels.index_select(0, (ids % len(store)).flatten().cpu())
-    delta = images.to(x1.device).float().div_(HALF_RANGE).sub_(1)
+    delta = store.codec.values(images.to(x1.device))
     swap = (ids >= len(store)).flatten().to(x1.device)
     if swap.any():
         mirrored = delta.view(-1, *store.shape[1:]).flip(-1).flatten(1)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nnflow import velocity
 from nnflow.errors import InputError
-from nnflow.pixels import PixelRows
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher
 from nnflow.velocity import EmpiricalVelocity
@@ -50,7 +49,7 @@ def asked_there(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if DEVICE != "cpu":
-    velocity._rows = lambda store, device: PixelRows(store.pixels, DEVICE)
+    velocity._rows = lambda store, device: store.rows(DEVICE)
     EmpiricalVelocity.estimate = asked_there(EmpiricalVelocity.estimate)
     EmpiricalFlowMatcher.sample_location_and_conditional_flow = asked_there(
         EmpiricalFlowMatcher.sample_location_and_conditional_flow
