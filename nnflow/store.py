@@ -46,9 +46,10 @@ class ImageStore:
         source: Path | str,
         path: Path | str,
         *,
-        size: int,
+        size: int | None = None,
         grey: bool = False,
         background: str = "white",
+        scaling: float | None = None,
         workers: int | None = None,
         skip_unreadable: bool = False,
         progress: bool = False,
@@ -70,6 +71,7 @@ class ImageStore:
                 size=size,
                 grey=grey,
                 background=background,
+                scaling=scaling,
                 workers=workers,
                 skip_unreadable=skip_unreadable,
                 progress=progress,
@@ -92,8 +94,9 @@ class ImageStore:
             if is_unfinished(path.parent):
                 raise StoreError(f"{shown(path.parent)}: its build has not finished; repeat its command")
         header = hdf5file.read_header(path)
-        if not header.fingerprint:
+        if not header.fingerprint or header.codec is None:
             raise StoreError(f"{shown(path)}: its build has not finished; repeat the command")
+        held = mapped(path, header.pixels_at, (header.shape[0], header.row_bytes))
         return cls(
             folder=path.parent,
             shape=header.shape,
@@ -101,7 +104,8 @@ class ImageStore:
             classes=header.classes,
             paths=header.paths,
             fingerprint=header.fingerprint,
-            pixels=mapped(path, header.pixels_at, (header.shape[0], header.row_bytes)),
+            pixels=held.view(header.codec.dtype),
+            codec=header.codec,
         )
 
     def __len__(self) -> int:
@@ -113,7 +117,9 @@ class ImageStore:
         return f"ImageStore({shown(self.folder)}: {count} images {tuple(shape)}, {classes} classes)"
 
     def images(self, ids: Tensor) -> Float[Tensor, "B C H W"]:
-        """Images `ids`, int64 (B,) in [0, n), as float32 (B, C, H, W) in [-1, 1] where `ids` is.
+        """Images `ids`, int64 (B,) in [0, n), as float32 (B, C, H, W) where `ids` is.
+
+        Pixels are in [-1, 1], latents those of the source times `codec.scaling`.
 
         Raises:
             InputError: ids of another shape or type, or outside [0, n).
@@ -127,6 +133,30 @@ class ImageStore:
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
         chosen = self.pixels[rows].to(ids.device)
         return self.codec.values(chosen).reshape(len(rows), *self.shape[1:])
+
+    def refuse_flip(self, flip: bool) -> None:
+        """Refuses mirror images of latents: an autoencoder's latent of a mirrored image is another.
+
+        Raises:
+            InputError: `flip`, and the store holds latents.
+        """
+        if flip and not self.codec.of_pixels:
+            raise InputError(
+                "flip: a mirrored latent is not the latent of the mirrored image; leave it out (--no-flip), "
+                "or encode the mirrored images as well"
+            )
+
+    def refuse_other_units(self, other: "ImageStore", what: str) -> None:
+        """Refuses images whose numbers stand for other values, such as latents of another scaling.
+
+        Raises:
+            InputError: naming the scalings.
+        """
+        if (self.codec.unit, self.codec.offset) != (other.codec.unit, other.codec.offset):
+            raise InputError(
+                f"{what} are {_told(other.codec)}, the images indexed {_told(self.codec)}: build both from "
+                f"the same kind of source, latents with one scaling (--scaling {self.codec.scaling:.9g})"
+            )
 
     def rows(self, device: torch.device | str = "cpu") -> PixelRows:
         """The images as fields and fits read them."""
@@ -143,3 +173,7 @@ class ImageStore:
             raise InputError(f"label {label}: wanted one of the stored classes, {known}")
         ends = torch.searchsorted(self.labels, torch.tensor([label, label + 1])).tolist()
         return slice(*ends)
+
+
+def _told(codec: Codec) -> str:
+    return "pixels" if codec.of_pixels else f"latents times {codec.scaling:.6g}"
