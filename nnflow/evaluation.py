@@ -58,7 +58,7 @@ class Nearness:
             says of images that nobody copied.
         copies: images equal to a training image in every byte (of latents: to the spacing of the stored
             numbers); all of them count as memorised.
-        histogram: of d1, L2 with pixels in [-1, 1].
+        histogram: of d1, L2 with pixels in [-1, 1], or of scaled latents.
     """
 
     memorised: MemorisedFraction
@@ -78,6 +78,7 @@ class Evaluation:
         held_out: the same figures of held-out images, the null.
         error: of the network against u* on the paths to training images.
         held_out_error: the same on the paths to held-out images, from the same noise.
+        scaling: of latents, what they were multiplied by; None for pixels in [-1, 1].
         seed: of the noise and of the choice of images behind both errors.
         sample_seeds: of the samples, as far as the caller knows them.
     """
@@ -91,6 +92,7 @@ class Evaluation:
     held_out_error: VelocityError | None
     seed: int
     sample_seeds: tuple[int, ...]
+    scaling: float | None = None
 
     @property
     def d(self) -> int:
@@ -149,6 +151,8 @@ def evaluate(
         if images is not None:
             need_two(len(store))
             _check_images(images, what, shape)
+            if isinstance(images, ImageStore):
+                store.refuse_other_units(images, what)
     errors: dict[str, VelocityError] = {}
     if learned is not None:
         _check_times(times, pairs)
@@ -177,6 +181,7 @@ def evaluate(
         held_out_error=errors.get("held-out images"),
         seed=seed,
         sample_seeds=tuple(int(s) for s in sample_seeds),
+        scaling=None if store.codec.of_pixels else store.codec.scaling,
     )
 
 

@@ -291,7 +291,7 @@ def _copy_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) -> _
     block = build.source.block(positions)
     unreadable: dict[int, UnreadableImageError] = {}
     if build.source.latents is not None:
-        fine = np.abs(block).max((1, 2, 3)) <= _LARGEST  # False for NaN, too
+        fine = np.abs(block).max((1, 2, 3)).astype(np.float32) <= _LARGEST  # False for NaN, too
         for position in positions[~fine].tolist():
             cause = f"a row of {build.source.path.name} with NaN, infinity or a value beyond {_LARGEST:g}"
             unreadable[position] = UnreadableImageError(build.source.items[position].path, cause)

@@ -24,7 +24,7 @@ def recipe_of(source: Source, decoder: Decoder | None, *, grey: bool, scaling: f
     latents = source.latents
     if latents is None:
         if decoder is None:
-            raise InputError("no size: wanted the height and width of the stored images, in pixels")
+            raise InputError("no size: wanted the height and width of the stored images (--size), in pixels")
         if scaling is not None:
             raise InputError(f"scaling {scaling:g}: it is for latents (float arrays), and these are pixels")
         return Recipe(**named, **dataclasses.asdict(decoder))

@@ -208,6 +208,7 @@ class MinibatchTarget(Target):
     ) -> None:
         if samples < 1:
             raise InputError(f"samples = {samples}: efm-m sums at least x1 itself")
+        store.refuse_flip(flip)
         self.store, self.samples, self.flip, self.memory = store, samples, flip, memory
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:

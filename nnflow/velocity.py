@@ -88,6 +88,7 @@ class EmpiricalVelocity(Velocity):
     """
 
     def __init__(self, support: Support, store: ImageStore, *, flip: bool = False) -> None:
+        store.refuse_flip(flip)
         self.support = support
         self.store = store
         self.flip = flip
