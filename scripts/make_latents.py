@@ -3,9 +3,9 @@
     python scripts/make_latents.py SOURCE OUT --patch 4 --channels 12 --limit 10000
 
 Patches of patch x patch pixels become their leading principal components: 32 x 32 RGB images become latents
-of (12, 8, 8). No training, and what is lost is known (printed): a stand-in for a learned autoencoder, on which
-everything that works on latents can be tried. OUT holds latents.npz (float16, with labels where there are
-classes) and decoder.pt2, which `nnflow sample --decode` takes.
+of (12, 8, 8). No training, and what is lost is known (printed): a stand-in for a learned autoencoder, on
+which everything that works on latents can be tried. OUT holds latents.npz (float16, with labels where there
+are classes) and decoder.pt2, which `nnflow sample --decode` takes.
 """
 
 import argparse
