@@ -63,7 +63,7 @@ def test_latents_are_kept_bit_for_bit(tmp_path: Path, dtype: type, packed: bool)
         assert file["images"].dtype == dtype
     ids = torch.tensor([N - 1, 0, 7, 7])
     wanted = z[order][ids].astype(np.float64) * store.codec.scaling
-    np.testing.assert_allclose(store.images(ids).numpy(), wanted, rtol=2e-7)
+    np.testing.assert_allclose(store.images(ids).numpy(), wanted, rtol=2e-7, atol=1e-44)
 
 
 def test_an_npy_and_parts_are_the_same_store(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_rows_that_are_no_numbers_are_named(tmp_path: Path, wrong: float) -> Non
     store = ImageStore.build(tmp_path / "x.npy", tmp_path / "out", skip_unreadable=True)
     kept = np.delete(np.arange(N), [17, 60])
     assert store.pixels.numpy().tobytes() == z[kept].tobytes()
-    assert "\n60,a row of x.npy with NaN" in (tmp_path / "out/skipped.csv").read_text()
+    assert '\n60,"a row of x.npy with NaN' in (tmp_path / "out/skipped.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -264,15 +264,15 @@ def test_a_calibration_without_held_out_latents_and_with(tmp_path: Path) -> None
     other = latents_of(torch.from_numpy(raw(np.float32, 5)), tmp_path / "b", scaling=1.0)
     third = latents_of(torch.from_numpy(raw(np.float32, 5)), tmp_path / "c", scaling=1.1)
     index = NeighbourIndex.build(one, one.folder, rank=8)
-    found = calibrate(index, queries=8)
+    found = calibrate(index, queries=4)
     assert found.about["held_out"] == "none"
     assert all(entry.held_out is None for entry in found.entries)
     assert Calibration.open(index).entries == found.entries
-    with_others = calibrate(index, queries=8, held_out=other)
+    with_others = calibrate(index, queries=4, held_out=other)
     assert with_others.about["held_out"] == other.fingerprint
     assert all(entry.held_out is not None for entry in with_others.entries)
     with refused(InputError, r"held-out images are latents times 1\.1, the images indexed latents times 1:"):
-        calibrate(index, queries=8, held_out=third)
+        calibrate(index, queries=4, held_out=third)
 
 
 class Turned(nn.Module):
@@ -300,12 +300,10 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageStore, ImageS
     z = 7 * (plain.images(torch.arange(40)).flatten(1) @ turn.T).view(40, 4, 3, 3)
     decoder = Turned(turn / 7, 6)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch's own, while it writes
         torch.jit.trace(decoder, z[:2]).save(folder / "decoder.pt")
-    batch = torch.export.Dim("batch")
-    torch.export.save(
-        torch.export.export(decoder, (z[:2],), dynamic_shapes={"z": {0: batch}}), folder / "d.pt2"
-    )
+        shapes = {"z": {0: torch.export.Dim("batch")}}
+        torch.export.save(torch.export.export(decoder, (z[:2],), dynamic_shapes=shapes), folder / "d.pt2")
     return plain, latents_of(z, folder / "latents"), decoder, folder
 
 
@@ -315,14 +313,15 @@ def test_samples_of_latents_decode_to_the_pictures(
     """A rotation keeps distances, so the field of latents is the rotated field of pictures, but for scale."""
     plain, store, decoder, folder = turned
     found = nnflow.sample(nnflow.EmpiricalVelocity.exact(store, device="cpu"), range(9), steps=20)
-    pictures = all_images(plain).float()
+    pictures = all_images(plain)
     for decode in (decoder, open_decoder(folder / "decoder.pt"), open_decoder(folder / "d.pt2")):
-        seen = pictures_of(found, store, decode, batch=4).flatten(1)
+        seen = pictures_of(found, store, decode, batch=4).flatten(1).double()
         near = torch.cdist(seen, pictures).min(1)
         assert near.values.max() < 1e-4
         nearest = nnflow.nearest_images(store, found, 1).ids[:, 0]
         assert torch.equal(near.indices, nearest)
-    assert torch.equal(pictures_of(pictures[:3].view(3, 1, 6, 6), plain), pictures[:3].view(3, 1, 6, 6))
+    few = plain.images(torch.arange(3))
+    assert torch.equal(pictures_of(few, plain), few)
 
 
 def test_decoders_that_are_none(turned: tuple[ImageStore, ImageStore, Turned, Path], tmp_path: Path) -> None:
@@ -403,7 +402,7 @@ def test_networks_take_the_channels_of_latents(
     assert learned.shape == (4, 3, 3)
     assert nnflow.sample(learned, range(2), steps=3).shape == (2, 4, 3, 3)
     wide = resolve("cifar10", {"channels": "8,16,16,16", "head_dim": 8, "flip": False})
-    for shape in [(4, 32, 32), (12, 8, 8), (4, 28, 28), (5, 3, 7)]:
+    for shape in [(4, 32, 32), (12, 8, 8), (5, 3, 7)]:
         network = build(wide, shape).eval()
         x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         assert network(x, 0.5).shape == x.shape
