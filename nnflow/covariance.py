@@ -128,9 +128,11 @@ def _float_covariance(stream: Stream, step: int) -> tuple[Float[Tensor, " D"], F
 
     def add(sums: dict[str, Tensor], first: int, last: int) -> None:
         for one in range(first, last, len(room)):
-            some = rows.read(one, min(one + len(room), last), room).sub_(start)
+            end = min(one + len(room), last)
+            some = rows.read(one, end, room).sub_(start)
             sums["gram"] += some.T @ some
             sums["total"] += some.sum(0, dtype=torch.float64)
+            rows.let_go(stream.budget, one, end)
 
     sums = stream.summed("covariance", step, _nothing(rows.dim), add)
     centre = sums["total"] / rows.count
