@@ -259,7 +259,10 @@ def test_an_index_stopped_after_any_step_ends_in_the_same_bytes(
     assert stop > 9
 
 
-def test_a_calibration_without_held_out_latents_and_with(tmp_path: Path) -> None:
+def test_a_calibration_without_held_out_latents_and_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnflow.calibrating._times", lambda collapse: (0.1, 0.3))
     one = latents_of(torch.from_numpy(raw(np.float32)), tmp_path / "a", scaling=1.0)
     other = latents_of(torch.from_numpy(raw(np.float32, 5)), tmp_path / "b", scaling=1.0)
     third = latents_of(torch.from_numpy(raw(np.float32, 5)), tmp_path / "c", scaling=1.1)
