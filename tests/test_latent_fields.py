@@ -239,12 +239,24 @@ def test_near_latents_settle_late(tmp_path: Path) -> None:
     raw = test_settling.photos(30).float() / 64 - 2
     near = raw[:1].clone()
     near[0, 0, 0, 0] += 1e-3
-    store = latents_of(torch.cat([raw, near]), tmp_path, scaling=1.0)
+    store = latents_of(4 * torch.cat([raw, near]), tmp_path, scaling=0.25)
     times = settling_times(NeighbourIndex.build(store, store.folder, rank=4))
     assert times is not None
-    # a twin at 1e-3 moves the mean by 1e-3 at most, and that only while s' 1e-3 is a few: it may be within
-    # the tolerance .01 sqrt(D) (1-t) = .14 (1-t) until 1-t = .007
-    assert (times[[0, 30]] > 0.99).all()
+    images = all_images(store)
+    distances = (images[:1] - images[1:]).norm(dim=1)
+
+    def bound(t: float) -> float:
+        """Eq. 18, term by term."""
+        spread = t * distances / (1 - t)
+        each = (distances / (0.01 * math.sqrt(192) * (1 - t))).sqrt() / spread * (-spread.square() / 8).exp()
+        return 4 / math.sqrt(2 * math.pi) * each.sum().item()
+
+    low, high = 0.5, 1.0
+    for _ in range(40):
+        t = (low + high) / 2
+        low, high = (t, high) if bound(t) > 0.01 else (low, t)
+    for row in (0, 30):
+        assert 1 - times[row].item() == pytest.approx(1 - high, rel=0.01)
     assert times[1:30].median() < 0.9
 
 
