@@ -19,6 +19,7 @@ from torch import Tensor
 from nnflow.errors import InputError
 from nnflow.evaluation import evaluate
 from nnflow.index import NeighbourIndex
+from nnflow.nearfield import weigh
 from nnflow.sampling import noise_of, sample
 from nnflow.scan import nearest_images
 from nnflow.settling import settling_times
@@ -151,6 +152,26 @@ def test_floats_closer_than_any_bytes_are_told_apart(tmp_path: Path, apart: floa
     found = (mean - images[8].view(4, 16, 16)[2, 3, 4]) / (images[9] - images[8]).sum()
     # the mean is a float32 of values up to 3: 2e-7, of `apart`
     assert (found - weight).abs().max() < 5e-3 + 3e-7 / apart
+
+
+@pytest.mark.parametrize("kind", ["bytes", "floats"])
+@pytest.mark.parametrize("plain", [0.0, 1e9])
+def test_candidates_are_weighed_alike_with_norms_and_without(tmp_path: Path, kind: str, plain: float) -> None:
+    """Stores larger than their budget have no norms at hand: a stored 0 then is the origin."""
+    if kind == "bytes":
+        store = store_of(test_settling.photos(20), tmp_path)
+    else:
+        store = latents_of(latents(torch.float32, 20), tmp_path, scaling=0.2)
+    rows, images = store.rows(), all_images(store)
+    x, t = queries(store, 0.3, count=5)
+    x, ids = x.flatten(1), torch.arange(20).expand(5, -1)
+    squares = (x.double()[:, None] - 0.3 * images).square().sum(2)
+    wanted = (-squares / (2 * 0.7**2)).softmax(1)
+    for norms in (None, rows.squared_norms(1 << 20).float()):
+        near = weigh(rows, ids, x, t, budget=1 << 20, norms=norms, plain_gain=plain)
+        found = near.logits.double().softmax(1)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(near.mean.double(), wanted @ images, rtol=0, atol=1e-4)
 
 
 def test_samples_are_stored_latents_and_counted_as_copies(store: ImageStore) -> None:

@@ -66,6 +66,12 @@ def test_latents_are_kept_bit_for_bit(tmp_path: Path, dtype: type, packed: bool)
     np.testing.assert_allclose(store.images(ids).numpy(), wanted, rtol=2e-7, atol=1e-44)
 
 
+def test_numbers_lie_at_multiples_of_their_size(tmp_path: Path) -> None:
+    """Behind tables of an odd length, which 83 paths are not."""
+    np.save(tmp_path / "x.npy", np.ones((700, 1, 3, 1), np.float32))
+    assert read_header(build_images(tmp_path / "x.npy", tmp_path / "out")).pixels_at % 64 == 0
+
+
 def test_an_npy_and_parts_are_the_same_store(tmp_path: Path) -> None:
     z = raw()
     np.save(tmp_path / "x.npy", z)
