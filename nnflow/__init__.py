@@ -12,6 +12,7 @@ from nnflow.config import TrainConfig, resolve
 from nnflow.errors import NNFlowError
 from nnflow.evaluation import evaluate
 from nnflow.index import NeighbourIndex
+from nnflow.latents import pictures_of
 from nnflow.metrics import memorised_fraction
 from nnflow.sampling import noise_of, sample
 from nnflow.scan import nearest_images
@@ -40,6 +41,7 @@ __all__ = [
     "memorised_fraction",
     "nearest_images",
     "noise_of",
+    "pictures_of",
     "resolve",
     "sample",
     "train",

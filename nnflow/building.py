@@ -37,7 +37,7 @@ from nnflow.faiss_backend import (
 from nnflow.files import disk_errors, file_mark, read_json, sync_folder, write_json
 from nnflow.fitting import fit_embedding, fitting_of
 from nnflow.manifest import COORDINATES, EMBEDDING, INDEX, MANIFEST, PARTS, check_part
-from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.pixels import PixelRows
 from nnflow.precision import full_float32
 from nnflow.probing import set_probes
 from nnflow.store import ImageStore
@@ -190,7 +190,7 @@ def _embedding(order: Order, kept: Unfinished) -> Embedding:
 
 def _filled(order: Order, embedding: Embedding, kept: Unfinished) -> Any:
     """The faiss index of all images, and beside it the file of their coordinates."""
-    rows, kind = PixelRows(order.store.pixels), order.choice.kind
+    rows, kind = order.store.rows(), order.choice.kind
     empty, path = Coordinates.empty(embedding), kept.folder / COORDINATES
     vectors = _begun(order, embedding, kept)
     with (
@@ -199,7 +199,7 @@ def _filled(order: Order, embedding: Embedding, kept: Unfinished) -> Any:
     ):
         reserve(vectors, rows.count)
         for start, stop, block in _shown(rows, order, vectors.ntotal):
-            x = block.div_(HALF_RANGE).sub_(1)
+            x = rows.codec.values_(block)
             z = embedding.project(x)
             held.put(start, empty.encoded(z))
             searched = embedding(x) if embedding.searched is None else z[:, : embedding.searched]
@@ -232,7 +232,7 @@ def _begun(order: Order, embedding: Embedding, kept: Unfinished) -> Any:
             return vectors
     vectors = make_index(order.choice.kind, embedding.rank, len(order.store))
     if not vectors.is_trained:
-        rows = PixelRows(order.store.pixels)
+        rows = order.store.rows()
         with filling(order.choice.kind, embedding.rank, len(order.store)):
             vectors.train(_training_vectors(vectors, rows, embedding, order.memory, order.seed))
         kept.keep(_VECTORS, lambda path: write_index(vectors, path))
@@ -251,6 +251,6 @@ def _training_vectors(
     coordinates = np.empty((len(chosen), embedding.rank), np.float32)
     step = rows.block_rows(budget)
     for start in range(0, len(chosen), step):
-        x = rows.gather(chosen[start : start + step], budget).float().div_(HALF_RANGE).sub_(1)
+        x = rows.values(chosen[start : start + step], budget)
         coordinates[start : start + step] = embedding(x).numpy()
     return coordinates

@@ -1,7 +1,8 @@
 """Measures ladders against the exact field on the path's own queries: the table of `calibration`.
 
-Queries lie on straight paths from noise to images of the store (held in), and to the mirror images of
-others (held out: natural images that the store does not hold) or to images of another store.
+Queries lie on straight paths from noise to images of the store (held in), and to images of another store
+(held out); where none is given, to mirror images, which are natural images that the store does not hold. A
+mirrored latent is not natural: of latents there are no held-out errors without another store.
 """
 
 import platform
@@ -21,7 +22,6 @@ from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
-from nnflow.pixels import PixelRows
 from nnflow.planned import settled, support_of
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
@@ -121,7 +121,8 @@ class _Bench:
 
     def __init__(self, index: NeighbourIndex, held_out: ImageStore | None, budget: int, seed: int) -> None:
         self.index, self.held_out, self.seed = index, held_out, seed
-        self.rows = PixelRows(index.store.pixels)
+        self.rows = index.store.rows()
+        self.has_others = held_out is not None or index.store.codec.of_pixels
         self.images = slice(0, len(index))
         self.exact = support_of(EXACT, index, self.rows, budget)
         count, dim = index.store.pixels.shape
@@ -191,7 +192,8 @@ def calibrate(
 
     Args:
         index: the index; its folder receives the table.
-        held_out: a store of images not indexed; the mirror images of those indexed when None.
+        held_out: a store of images not indexed; when None the mirror images of those indexed, of latents
+            nothing.
         queries: per time; None for as many of 64 to 256 as `seconds` allow.
         seconds: about how long this may take. Where 64 queries at every time take longer, fewer times are
             measured, and the ladders between them chosen the more carefully.
@@ -200,7 +202,7 @@ def calibrate(
         progress: show a bar on stderr.
 
     Raises:
-        InputError: fewer than 2 queries, or held-out images of another shape.
+        InputError: fewer than 2 queries, or held-out images of another shape or scaling.
     """
     if queries is not None and queries < 2:
         raise InputError(f"queries = {queries}: wanted at least 2 per time, 256 for a 99th percentile")
@@ -208,6 +210,8 @@ def calibrate(
         raise InputError(
             f"held-out images of shape {held_out.shape[1:]}: wanted {index.store.shape[1:]}, as those indexed"
         )
+    if held_out is not None:
+        index.store.refuse_other_units(held_out, "held-out images")
     bench = _Bench(index, held_out, memory, seed)
     times = _times(float(index.manifest["collapse_time"]))
     costs, calls = _costs(bench, times[len(times) // 2])
@@ -228,7 +232,7 @@ def calibrate(
         "seed": seed,
         "queries": count,
         "batch": _BATCH,
-        "held_out": "mirror images" if held_out is None else held_out.fingerprint,
+        "held_out": _others(bench),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
@@ -236,6 +240,13 @@ def calibrate(
     table = Calibration(tuple(entries), name_of(index), calls, about)
     table.save(index.folder / FILE)
     return table
+
+
+def _others(bench: _Bench) -> str:
+    """What the held-out queries lead to."""
+    if bench.held_out is not None:
+        return bench.held_out.fingerprint
+    return "mirror images" if bench.has_others else "none"
 
 
 def _at(
@@ -250,10 +261,9 @@ def _at(
 
     Those in `again` are measured in any case, for a ladder must meet a tolerance at two times in a row.
     """
-    sets = [
-        bench.ask(t, count, held_in=True),
-        bench.ask(t, max(2, count // _HELD_OUT), held_in=False),
-    ]
+    sets = [bench.ask(t, count, held_in=True)]
+    if bench.has_others:
+        sets.append(bench.ask(t, max(2, count // _HELD_OUT), held_in=False))
     answers = {EXACT: [_Answered.exactly(asked, calls[EXACT]) for asked in sets]}
     met = False
     for name in order:
@@ -265,11 +275,17 @@ def _at(
             continue
         if count > _BATCH:
             inside = inside.and_more(bench.answered(way, sets[0], calls[name], slice(_BATCH, None)))
-        answers[name] = [inside, bench.answered(way, sets[1], calls[name])]
+        answers[name] = [inside, *(bench.answered(way, other, calls[name]) for other in sets[1:])]
         met = met or Quantiles.of(answers[name][0].errors).upper <= _FINEST
     return [
-        Entry(t, name, inside.seconds, Quantiles.of(inside.errors), Quantiles.of(outside.errors))
-        for name, (inside, outside) in (answers | _in_turn(answers)).items()
+        Entry(
+            t,
+            name,
+            inside.seconds,
+            Quantiles.of(inside.errors),
+            Quantiles.of(outside[0].errors) if outside else None,
+        )
+        for name, (inside, *outside) in (answers | _in_turn(answers)).items()
     ]
 
 

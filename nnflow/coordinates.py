@@ -24,8 +24,7 @@ from torch import Tensor
 
 from nnflow.embedding import Embedding
 from nnflow.errors import StoreError
-from nnflow.files import disk_errors, shown
-from nnflow.hdf5file import reserve, write_at
+from nnflow.files import disk_errors, reserve, shown, write_at
 from nnflow.integers import LEVELS
 
 _FIRST_EDGE = 32

@@ -36,7 +36,7 @@ from nnflow.metrics import (
 from nnflow.path import interpolate
 from nnflow.sampling import noise_of
 from nnflow.scan import nearest_images
-from nnflow.store import ImageStore, to_uint8
+from nnflow.store import ImageStore
 from nnflow.velocity import EmpiricalVelocity
 
 Field = Callable[..., Tensor]  # called as (x, t), or (x, t, label) when conditional
@@ -56,8 +56,9 @@ class Nearness:
     Attributes:
         memorised: share by d1 <= d2 / 3. Of held-out images it is the null: what the threshold
             says of images that nobody copied.
-        copies: images equal to a training image in every byte; all of them count as memorised.
-        histogram: of d1, L2 with pixels in [-1, 1].
+        copies: images equal to a training image in every byte (of latents: to the spacing of the stored
+            numbers); all of them count as memorised.
+        histogram: of d1, L2 with pixels in [-1, 1], or of scaled latents.
     """
 
     memorised: MemorisedFraction
@@ -77,6 +78,7 @@ class Evaluation:
         held_out: the same figures of held-out images, the null.
         error: of the network against u* on the paths to training images.
         held_out_error: the same on the paths to held-out images, from the same noise.
+        scaling: of latents, what they were multiplied by; None for pixels in [-1, 1].
         seed: of the noise and of the choice of images behind both errors.
         sample_seeds: of the samples, as far as the caller knows them.
     """
@@ -90,6 +92,7 @@ class Evaluation:
     held_out_error: VelocityError | None
     seed: int
     sample_seeds: tuple[int, ...]
+    scaling: float | None = None
 
     @property
     def d(self) -> int:
@@ -148,6 +151,8 @@ def evaluate(
         if images is not None:
             need_two(len(store))
             _check_images(images, what, shape)
+            if isinstance(images, ImageStore):
+                store.refuse_other_units(images, what)
     errors: dict[str, VelocityError] = {}
     if learned is not None:
         _check_times(times, pairs)
@@ -176,6 +181,7 @@ def evaluate(
         held_out_error=errors.get("held-out images"),
         seed=seed,
         sample_seeds=tuple(int(s) for s in sample_seeds),
+        scaling=None if store.codec.of_pixels else store.codec.scaling,
     )
 
 
@@ -256,9 +262,8 @@ def _two_nearest(
             block = _take(images, ids)
             near = nearest_images(store, block, 2, memory=memory // 2)
             distances.append(near.distances.cpu())
-            # In bytes: codecs that round differently in the last bit of a float write equal pixels.
-            nearest = to_uint8(store.images(near.ids[:, 0].cpu()))
-            copies += int((to_uint8(block) == nearest).flatten(1).all(1).sum())
+            nearest = store.images(near.ids[:, 0].cpu())
+            copies += int(store.codec.same(block.flatten(1), nearest.flatten(1)).sum())
             bar.update(len(ids))
     return torch.cat(distances), copies
 

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, folders only one process builds in, names safe to show."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -63,6 +64,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_at(descriptor: int, block: memoryview, offset: int) -> int:
+    """Writes all of `block`: a disk that fills up first takes a part, then refuses."""
+    written = 0
+    while written < len(block):
+        written += os.pwrite(descriptor, block[written:], offset + written)
+    return written
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Room for `size` bytes, so that a disk too small is told before the work and not after."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot reserve
+            raise
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -44,7 +44,6 @@ from nnflow.manifest import (
     read_manifest,
 )
 from nnflow.memory import DEFAULT_BUDGET
-from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.store import ImageStore
 from nnflow.unfinished import discard
 
@@ -210,8 +209,8 @@ class NeighbourIndex:
             k: neighbours, clamped to the number of images with a `DegradedWarning`.
 
         Returns:
-            ids and L2 distances in [-1, 1] units, computed by difference; an index that finds fewer than
-            `k` fills with id -1 at distance inf.
+            ids and L2 distances in units of the values, computed by difference; an index that finds fewer
+            than `k` fills with id -1 at distance inf.
 
         Raises:
             InputError: wrong shape or type, NaN, k below 1, or above 2,048 on a GPU.
@@ -224,11 +223,11 @@ class NeighbourIndex:
             )
         flat = x.detach().flatten(1).cpu()
         ids = self.candidates(flat, k).ids
-        rows = PixelRows(self.store.pixels)
+        rows = self.store.rows()
         distances = torch.full(ids.shape, torch.inf)
         for row, (query, mine) in enumerate(zip(flat, ids, strict=True)):
             known = mine >= 0
-            images = rows.gather(mine[known]).float().div_(HALF_RANGE).sub_(1)
+            images = rows.values(mine[known])
             distances[row, known] = torch.linalg.vector_norm(images - query, dim=1)
         order = distances.argsort(dim=1, stable=True)
         return ids.gather(1, order), distances.gather(1, order)

@@ -1,4 +1,4 @@
-"""A source of images into images.h5: decoded by several threads, resumed after a kill.
+"""A source of images, or of latents, into images.h5: decoded by several threads, resumed after a kill.
 
 While it is being built, OUT holds
     images.h5.plan.json   what is built, from which source; written once the next two exist
@@ -23,14 +23,17 @@ from tqdm import tqdm
 from nnflow import hdf5file
 from nnflow.decode import Decoder
 from nnflow.errors import InputError, SourceError, StoreError
-from nnflow.files import disk_errors, read_json, shown, sync_folder, whole_file, write_json
-from nnflow.hdf5file import Header, Recipe, Rows, Texts
-from nnflow.sources import Item, Source, UnreadableImageError, open_source
+from nnflow.files import disk_errors, read_json, shown, sync_folder, whole_file, write_at, write_json
+from nnflow.hdf5file import Header, Recipe
+from nnflow.recipes import SKIPPED, recipe_of, refuse_other, refuse_unless_of
+from nnflow.sources import Item, Latents, Source, UnreadableImageError, open_source
+from nnflow.texts import Texts
+from nnflow.unsealed import COPY_BYTES, Rows, runs, seal
 
 IMAGES = "images.h5"
-SKIPPED = "skipped.csv"
 _CHUNK_BYTES = 1 << 21  # of decoded rows per task ...
 _CHUNK_ITEMS = 16  # ... and images to decode: a photograph takes up to 0.1 s, and a kill costs whole tasks
+_LARGEST = 1e6  # of a latent's values: squares of rows stay within float32
 _QUEUED = 4  # tasks per worker in flight
 
 
@@ -46,9 +49,10 @@ def build_images(
     source: Path | str,
     out: Path | str,
     *,
-    size: int,
+    size: int | None = None,
     grey: bool = False,
     background: str = "white",
+    scaling: float | None = None,
     workers: int | None = None,
     skip_unreadable: bool = False,
     progress: bool = False,
@@ -64,9 +68,11 @@ def build_images(
     Args:
         source: images in any of the forms that `sources` lists.
         out: the folder; made if missing.
-        size: height and width of the stored images, in pixels.
+        size: height and width of the stored images, in pixels. Latents keep theirs.
         grey: store one channel instead of three.
         background: colour under transparent pixels, a CSS name or #rrggbb.
+        scaling: what latents are multiplied by, such as an autoencoder's own scaling_factor; None for what
+            gives those stored unit root mean square.
         workers: decoding threads; one per core by default.
         skip_unreadable: leave out images that cannot be read and list them in skipped.csv.
         progress: show a bar on stderr.
@@ -79,16 +85,16 @@ def build_images(
         StoreError: `out` holds other data, or the disk refuses; what is built so far is kept.
         InputError: a parameter outside its range.
     """
-    decoder = Decoder(size=size, grey=grey, background=background)
+    decoder = None if size is None else Decoder(size=size, grey=grey, background=background)
     workers = os.cpu_count() or 1 if workers is None else workers
     if workers < 1:
         raise InputError(f"{workers} workers: wanted at least one")
     out = Path(out)
     with open_source(source, limit=limit, classes=classes, seed=seed) as images:
-        recipe = Recipe(**dataclasses.asdict(decoder), source=images.digest, listed=len(images.items))
+        recipe = recipe_of(images, decoder, grey=grey, scaling=scaling)
         whole = out / IMAGES
         if os.path.lexists(whole):
-            _reuse(whole, recipe, skip_unreadable=skip_unreadable)
+            refuse_unless_of(whole, recipe, skip_unreadable=skip_unreadable)
         else:
             with disk_errors(out, "building in"):
                 out.mkdir(parents=True, exist_ok=True)
@@ -110,31 +116,6 @@ def is_unfinished(out: Path) -> bool:
     return (out / f"{IMAGES}.plan.json").exists() and not (out / IMAGES).exists()
 
 
-def _reuse(path: Path, recipe: Recipe, *, skip_unreadable: bool) -> None:
-    """Refuses the finished file at `path` unless it is what `recipe` would build."""
-    header = hdf5file.read_header(path)
-    if not header.fingerprint:
-        raise StoreError(f"{shown(path)}: unfinished, under a finished name; remove it")
-    _refuse_other(path.parent, header.recipe, recipe)
-    missing = recipe.listed - header.shape[0]
-    if missing and not skip_unreadable:
-        raise SourceError(
-            f"{shown(path)}: built without {missing} unreadable images, listed in {SKIPPED}; "
-            "pass --skip-unreadable to use it so"
-        )
-
-
-def _refuse_other(out: Path, there: Recipe, asked: Recipe) -> None:
-    for name in ("size", "grey", "background", "listed", "source"):
-        old, new = getattr(there, name), getattr(asked, name)
-        if old != new:
-            what = {"listed": "source: images", "source": "source: digest of its listing"}
-            raise StoreError(
-                f"{shown(out)}: built with another {what.get(name, name)} {shown(old)}, asked for "
-                f"{shown(new)}; name another OUT, or remove this one"
-            )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Build:
     """One build in one folder, from its plan to the rename."""
@@ -142,10 +123,18 @@ class _Build:
     source: Source
     out: Path
     recipe: Recipe
-    decoder: Decoder
+    decoder: Decoder | None  # None for latents
     workers: int
     skip_unreadable: bool
     progress: bool
+
+    @property
+    def form(self) -> Latents:
+        """Shape and type of a stored row."""
+        if self.source.latents is not None:
+            return self.source.latents
+        assert self.decoder is not None
+        return Latents(self.decoder.shape, np.dtype(np.uint8))
 
     @property
     def partial(self) -> Path:
@@ -171,7 +160,7 @@ class _Build:
             finished = self._without(unreadable, rows) if unreadable else self.partial
         if not unreadable:
             (self.out / SKIPPED).unlink(missing_ok=True)
-        hdf5file.seal(finished)
+        seal(finished)
         finished.replace(self.out / IMAGES)
         sync_folder(self.out)
 
@@ -183,7 +172,7 @@ class _Build:
             there = Recipe(**read_json(self.plan, "the plan of an unfinished build"))
         except TypeError as error:
             raise StoreError(f"{shown(self.plan)}: not a plan of this nnflow; remove it") from error
-        _refuse_other(self.out, there, self.recipe)
+        refuse_other(self.out, there, self.recipe)
         try:
             header = hdf5file.read_header(self.partial)
             whole = self.journal.stat().st_size == self.recipe.listed == header.shape[0]
@@ -214,8 +203,9 @@ class _Build:
         labels = [-1 if group is None else numbers[group] for group, _ in listed]
         hdf5file.create(
             path,
-            (len(items), *self.decoder.shape),
+            (len(items), *self.form.shape),
             self.recipe,
+            dtype=self.form.dtype,
             labels=np.asarray(labels, np.int64),
             classes=classes,
             paths=Texts.of([path for _, path in listed]),
@@ -229,9 +219,9 @@ class _Build:
         header = hdf5file.read_header(self.compact)
         with self.compact.open("r+b") as file:
             at = header.pixels_at
-            at_most = max(1, hdf5file.COPY_BYTES // header.row_bytes)
-            for first, count in hdf5file.runs(kept, at_most):
-                at += hdf5file.write_at(file.fileno(), rows.get(first, count), at)
+            at_most = max(1, COPY_BYTES // header.row_bytes)
+            for first, count in runs(kept, at_most):
+                at += write_at(file.fileno(), rows.get(first, count), at)
         with whole_file(self.out / SKIPPED) as partial:
             _write_skipped(partial, [unreadable[row] for row in sorted(unreadable)])
         return self.compact
@@ -244,7 +234,7 @@ def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
         SourceError: the first unreadable image, or with `skip_unreadable` when none was readable.
     """
     todo = build.source.reading_order(np.flatnonzero(~rows.done))
-    held = build.source.holds(build.decoder.shape)
+    held = build.source.latents is not None or build.source.holds(build.form.shape)
     step = max(1, _CHUNK_BYTES // rows.header.row_bytes)
     step, work = (step, _copy_some) if held else (min(step, _CHUNK_ITEMS), _decode_some)
     unreadable: dict[int, UnreadableImageError] = {}
@@ -278,6 +268,7 @@ def _decode_all(build: _Build, rows: Rows) -> dict[int, UnreadableImageError]:
 
 
 def _decode_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) -> _Outcome:
+    assert build.decoder is not None
     block = np.empty((len(positions), *rows.header.shape[1:]), np.uint8)
     done: list[int] = []
     unreadable = {}
@@ -295,11 +286,20 @@ def _decode_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) ->
 
 
 def _copy_some(build: _Build, rows: Rows, positions: Int[np.ndarray, " n"]) -> _Outcome:
-    """Pixels that need no decoding."""
+    """Pixels or latents that need no decoding."""
     positions = np.sort(positions)
+    block = build.source.block(positions)
+    unreadable: dict[int, UnreadableImageError] = {}
+    if build.source.latents is not None:
+        fine = np.abs(block).max((1, 2, 3)).astype(np.float32) <= _LARGEST  # False for NaN, too
+        for position in positions[~fine].tolist():
+            cause = f"a row of {build.source.path.name} with NaN, infinity or a value beyond {_LARGEST:g}"
+            unreadable[position] = UnreadableImageError(build.source.items[position].path, cause)
+        if unreadable:
+            positions, block = positions[fine], block[fine]
     done: list[int] = positions.tolist()
-    rows.put(done, build.source.block(positions))
-    return _Outcome(done, {})
+    rows.put(done, block)
+    return _Outcome(done, unreadable)
 
 
 def _collect(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
-from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.pixels import PixelRows
 from nnflow.support import Part, Support
 from nnflow.weighted import WeightedMean
 
@@ -46,7 +46,7 @@ class Near:
         logits: relative to the anchor's, whose own is 0; -inf for an id of -1.
         anchor: place of the anchor among the K.
         offset: the anchor's own logit -|x - t x_a|^2 / (2 (1-t)^2), float64.
-        mean: soft-max mean of the K images, in [-1, 1].
+        mean: soft-max mean of the K images.
     """
 
     logits: Float[Tensor, "B K"]
@@ -91,7 +91,7 @@ def weigh(
         logits, anchor, mean = _at_once(rows, ids, x, t, budget, norms)
         return Near(logits, anchor, _offset(rows, ids, anchor, x, t)[0], mean)
     logits, anchor = _by_expansion(rows, ids, x, t, budget, norms)
-    contested = (logits > -competing_margin(x, t)[:, None]).sum(1) > 1
+    contested = (logits > -competing_margin(rows, x, t)[:, None]).sum(1) > 1
     hard = (contested & (gain > plain_gain)).nonzero()[:, 0]
     if len(hard):
         logits[hard] = by_difference(rows, ids[hard], x[hard], t[hard], anchor[hard], budget=budget)
@@ -112,8 +112,8 @@ def _weights(logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
 
 
 def _offset(rows: PixelRows, ids: Tensor, anchor: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The anchors' own logits (eq. 3), float64, and the anchors in [-1, 1]."""
-    image = rows.gather(ids.gather(1, anchor[:, None])[:, 0]).float().div_(HALF_RANGE).sub_(1)
+    """The anchors' own logits (eq. 3), float64, and the anchors."""
+    image = rows.values(ids.gather(1, anchor[:, None])[:, 0])
     residual = (x - t[:, None] * image).square().sum(1, dtype=torch.float64)
     return -0.5 * residual / (1 - t.double()).square(), image
 
@@ -122,32 +122,40 @@ def _at_once(
     rows: PixelRows, ids: Tensor, x: Tensor, t: Tensor, budget: int, norms: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 5 where it is enough: logits, anchors and means, each image read once."""
-    query = x if norms is not None else x + t[:, None]
+    query = x if norms is not None else _from_offset(rows, x, t)
+    unit = rows.codec.unit
     logits = x.new_empty(ids.shape)
     anchor = torch.empty(len(ids), dtype=torch.int64, device=ids.device)
     mean = torch.empty_like(x)
     for here, images in _gathered(rows, ids, budget):
-        products = torch.bmm(query[here, None], images.transpose(1, 2))[:, 0].double() / HALF_RANGE
+        products = torch.bmm(query[here, None], images.transpose(1, 2))[:, 0].double() / unit
         if norms is not None:
             squares = norms[ids[here].clamp_min(0)].double()
         else:
-            squares = torch.linalg.vector_norm(images, dim=2).double().square() / HALF_RANGE**2
+            squares = torch.linalg.vector_norm(images, dim=2).double().square() / unit**2
         logits[here], anchor[here] = _expanded(products, squares, ids[here], t[here])
         torch.bmm(_weights(logits[here])[:, None], images, out=mean[here, None])
-    return logits, anchor, mean.div_(HALF_RANGE).sub_(1)
+    return logits, anchor, rows.codec.values_(mean)
 
 
-def competing_margin(x: Float[Tensor, "B D"], t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def _from_offset(rows: PixelRows, x: Tensor, t: Tensor) -> Float[Tensor, "B D"]:
+    """A query as seen from a stored 0.
+
+    p_i . this - t |p_i|^2 / 2, p in units, is x.x_i - t |x_i|^2 / 2 but for what all images share.
+    """
+    return x - rows.codec.offset * t[:, None]
+
+
+def competing_margin(rows: PixelRows, x: Float[Tensor, "B D"], t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Logits below the largest by more than this belong to images that do not compete.
 
-    The expansion adds D products of bytes with x + t and D squares of bytes, in float32: its error is at
+    The expansion adds D products of p with x - t offset and D squares of p, in float32: its error is at
     most about D half-ulps of the sum of their sizes, times the gain. A constant fails above 32 x 32: at
     64 x 64 two images of one differing pixel got weights 1 and 0 for 1/2 and 1/2.
     """
-    dim = x.shape[1]
     gain = t.double() / (1 - t.double()).square()
-    size = 2 * dim**0.5 * torch.linalg.vector_norm(x + t[:, None], dim=1).double()
-    return _COMPETING + gain * (size + 2 * t.double() * dim) * dim * 2**-28
+    size = rows.longest * torch.linalg.vector_norm(_from_offset(rows, x, t), dim=1).double()
+    return _COMPETING + gain * (size + 0.5 * t.double() * rows.longest**2) * rows.dim * 2**-28
 
 
 def _by_expansion(
@@ -155,8 +163,7 @@ def _by_expansion(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 5: logits relative to the heaviest image, and its place: the anchor."""
     if norms is None:
-        # p_i . (x + t) - t |p_i|^2 / 2 in units of 127.5 is x.x_i - t |x_i|^2 / 2 but for what all share
-        products, squares = _products(rows, ids, x + t[:, None], budget)
+        products, squares = _products(rows, ids, _from_offset(rows, x, t), budget)
     else:
         products, squares = _products(rows, ids, x, budget, squares=norms[ids.clamp_min(0)].double())
     return _expanded(products, squares, ids, t)
@@ -182,7 +189,7 @@ def by_difference(
     """Eq. 6: logits of the images `ids` relative to that at place `anchor` among them."""
     time = t.double()
     first = rows.gather(ids.gather(1, anchor[:, None])[:, 0]).float()
-    residual = x - t[:, None] * (first / HALF_RANGE - 1)
+    residual = x - t[:, None] * rows.codec.values(first)
     along, squares = _products(rows, ids, residual, budget, origin=first)
     gain = time / (1 - time).square()
     logits = gain[:, None] * (along - 0.5 * time[:, None] * squares)
@@ -198,26 +205,26 @@ def _products(
     squares: Tensor | None = None,
     origin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(p_i - o) . x / 127.5 and, unless given, |p_i - o|^2 / 127.5^2 of the images `ids`, float64 (B, K)."""
+    """(p_i - o) . x and, unless given, |p_i - o|^2 of the images `ids`, p in units, float64 (B, K)."""
     products, norms = x.new_empty(ids.shape), x.new_empty(ids.shape)
     for here, images in _gathered(rows, ids, budget):
         if origin is not None:
-            images.sub_(origin[here, None])  # exact: differences of bytes
+            images.sub_(origin[here, None])  # exact for bytes, for floats to an ulp of each difference
         # So turned, and not as (b, K, D) by (b, D, 1), 16 queries of 8 images take 24 us for 310.
         torch.bmm(x[here, None], images.transpose(1, 2), out=products[here, None])
         if squares is None:
             torch.linalg.vector_norm(images, dim=2, out=norms[here])
     if squares is None:
-        squares = norms.double().square() / HALF_RANGE**2
-    return products.double() / HALF_RANGE, squares
+        squares = norms.double().square() / rows.codec.unit**2
+    return products.double() / rows.codec.unit, squares
 
 
 def _means(rows: PixelRows, ids: Tensor, weights: Tensor, budget: int) -> Float[Tensor, "B D"]:
-    """Weighted means of the images `ids`, in [-1, 1]."""
+    """Weighted means of the images `ids`."""
     mean = weights.new_empty(len(ids), rows.dim)
     for here, images in _gathered(rows, ids, budget):
         torch.bmm(weights[here, None], images, out=mean[here, None])
-    return mean.div_(HALF_RANGE).sub_(1)
+    return rows.codec.values_(mean)
 
 
 def _gathered(rows: PixelRows, ids: Tensor, budget: int) -> Iterator[tuple[slice, Tensor]]:

@@ -6,6 +6,7 @@ resampled.
 Axes: S images, C channels (1 grey, 3 colour), H, W of one image.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from nnflow.sheet import BLUE, GREY, MEDIUM, ORANGE, SMALL, Sheet
 from nnflow.store import to_uint8
 
 TILE, THUMBNAIL = 160, 128  # pixels an image is enlarged to, about, in `comparison` and in a grid
-PIXELS = "pixels in [\N{MINUS SIGN}1, 1]"
+PIXELS, LATENTS = "pixels in [\N{MINUS SIGN}1, 1]", "scaled latents"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,14 @@ def sample_grid(
     sheet.save(path)
 
 
-def comparison(columns: Sequence[Column], path: Path | str, *, seeds: Sequence[int], n: int) -> None:
+def comparison(
+    columns: Sequence[Column],
+    path: Path | str,
+    *,
+    seeds: Sequence[int],
+    n: int,
+    latent: Sequence[int] | None = None,
+) -> None:
     """Writes the main picture: a row for each seed, a column for each field.
 
     Every sample stands beside the training image nearest to it, the distance below.
@@ -86,24 +94,27 @@ def comparison(columns: Sequence[Column], path: Path | str, *, seeds: Sequence[i
         path: of the PNG.
         seeds: of the noise, one for each row.
         n: training images, for the title.
+        latent: (C, H, W) of the latents behind the pictures, whose distances are given; None for pixels.
 
     Raises:
         InputError: no columns, or columns that differ in their shapes or number of seeds.
     """
     _check_columns(columns, len(seeds))
     shape = columns[0].images.shape[1:]
-    values = "\N{MULTIPLICATION SIGN}".join(str(size) for size in shape)
+    field = shape if latent is None else tuple(latent)
+    values = "\N{MULTIPLICATION SIGN}".join(str(size) for size in field)
     page = _Comparison(_repeats(shape, TILE) * shape[1], _repeats(shape, TILE) * shape[2])
     sheet = Sheet(*page.size(len(columns), len(seeds)))
     sheet.title(
         "Samples and their nearest training images",
-        f"n = {n:,} training images, d = {shape.numel():,} ({values})",
+        f"n = {n:,} training images, d = {math.prod(field):,} ({values})",
         scale=page.scale,
     )
     page.draw_seeds(sheet, seeds)
     for number, column in enumerate(columns):
         page.draw_column(sheet, column, number)
-    note = f"number below a nearest image: its L2 distance to the sample, {PIXELS}"
+    unit = PIXELS if latent is None else LATENTS
+    note = f"number below a nearest image: its L2 distance to the sample, {unit}"
     place = (sheet.width / 2, sheet.height - page.foot / 2)
     sheet.text(note, *place, page.small, width=sheet.width - 40, colour=GREY)
     sheet.save(path)
@@ -126,7 +137,8 @@ def distance_histogram(evaluation: Evaluation, path: Path | str) -> None:
     for name, near, colour in sets:
         if near is not None:
             _draw_histogram(axes, name, near, colour)
-    sheet.label(axes, f"L2 distance to the nearest training image ({PIXELS})", "share of the set (%)")
+    unit = PIXELS if evaluation.scaling is None else LATENTS
+    sheet.label(axes, f"L2 distance to the nearest training image ({unit})", "share of the set (%)")
     axes.set_xlim(0, None)
     sheet.key(axes, columns=1)
     about = f"n = {evaluation.n:,} training images, d = {evaluation.d:,}"

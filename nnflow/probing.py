@@ -16,8 +16,7 @@ from torch import Tensor
 from nnflow.embedding import Embedding
 from nnflow.faiss_backend import lists_of
 from nnflow.path import interpolate
-from nnflow.pixels import PixelRows
-from nnflow.store import ImageStore, to_float
+from nnflow.store import ImageStore
 
 TIMES = (0.3, 0.4, 0.5, 0.7, 0.9)
 _QUERIES = 64  # at each time
@@ -72,7 +71,7 @@ def _queries(store: ImageStore, embedding: Embedding, seed: int) -> tuple[np.nda
     generator = torch.Generator().manual_seed(seed)
     count = _QUERIES * len(TIMES)
     ids = torch.randint(len(store), (count,), generator=generator)
-    x1 = to_float(PixelRows(store.pixels).gather(ids, 0)).view(count, *store.shape[1:])
+    x1 = store.rows().values(ids, 0).view(count, *store.shape[1:])
     t = torch.tensor(TIMES).repeat_interleave(_QUERIES)
     xt = interpolate(torch.randn(x1.shape, generator=generator), x1, t).flatten(1)
     coordinates = embedding(xt / t[:, None])

@@ -17,7 +17,6 @@ from torchdiffeq import odeint
 from tqdm import tqdm
 
 from nnflow.errors import InputError
-from nnflow.store import to_float, to_uint8
 from nnflow.velocity import EmpiricalVelocity, Estimate, HybridVelocity, Velocity
 
 # Runge-Kutta: for each stage after the first the weights of the slopes before it, then those of the step.
@@ -35,8 +34,6 @@ _LAST = 1 - 1e-3
 # One image holds all but this of the mass: the mean is that image to 3e-4 grey levels. Below 1/510 it only
 # gains from then on (docs/field.md, section 7).
 _COLLAPSED = 1e-6
-# Further than this from every grey level (0.001 of their distance), a mean is no stored image.
-_BLURRED = 1e-5
 _SAME_TIME = 1e-6
 # Halving the last step ends here: images that still share the mass are copies of each other.
 _NEAREST_END = 1e-5
@@ -168,10 +165,9 @@ def _is_one_image(estimate: Estimate) -> Bool[Tensor, " B"]:
     """Whether the mean is one stored image, to which the sample then moves straight.
 
     The effective sample size does not say it alone: a far field can put all mass on one image that it
-    knows in a few coordinates only. That mean is blurred, off the grey levels.
+    knows in a few coordinates only. That mean is a blur.
     """
-    blur = (estimate.mean - to_float(to_uint8(estimate.mean))).abs().flatten(1).amax(1)
-    return (estimate.ess <= 1 + 2 * _COLLAPSED) & (blur <= _BLURRED)
+    return (estimate.ess <= 1 + 2 * _COLLAPSED) & (estimate.far_mass < 0.5)
 
 
 def _straight(x: Tensor, mean: Tensor, t: float, stop: float) -> Tensor:

@@ -9,7 +9,6 @@ near-duplicates compete: the expansion finds who matters, `nearfield` weighs tho
 Axes:  B queries   R images of a block   n images   K images weighed by difference   D = C*H*W
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.nearfield import Near, by_difference, competing_margin, weigh
-from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.pixels import PixelRows
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support
@@ -96,7 +95,7 @@ class AllImages(Support):
     def _widen(self, logits: Tensor, places: Tensor, near: Near, x: Tensor, t: Tensor, images: slice) -> None:
         """Weighs more images by difference where all of `places` compete: crowds of near-duplicates."""
         gain = t.double() / (1 - t.double()).square()
-        crowded = (near.logits.amin(1) > -competing_margin(x, t)) & (gain > _WIDE_GAIN)
+        crowded = (near.logits.amin(1) > -competing_margin(self.rows, x, t)) & (gain > _WIDE_GAIN)
         if places.shape[1] == logits.shape[1]:
             return
         for row in crowded.nonzero()[:, 0].tolist():
@@ -111,17 +110,17 @@ class AllImages(Support):
             logits[here].scatter_(1, ids, wide)
 
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        """Half the diagonal of the cube [-1, 1]^D, plus the way from its centre: never asked in earnest."""
-        return math.sqrt(self.rows.dim) + mean.double().norm(dim=1)
+        """The longest image, plus the way there: never asked in earnest."""
+        return self.rows.longest + (mean.double() - self.rows.codec.offset).norm(dim=1)
 
     def _logits(self, x: Tensor, t: Tensor, images: slice) -> Float[Tensor, "B n"]:
         inverse = (1 - t.double()).square().reciprocal()
-        scale = (t.double() * inverse / HALF_RANGE).float()
+        scale = (t.double() * inverse / self.rows.codec.unit).float()
         norm_scale = (-0.5 * t.double().square() * inverse).float()
         scaled = x * scale[:, None]
         logits = x.new_empty(len(x), images.stop - images.start)
         for start, stop, block in self.rows.blocks(self.budget, images.start, images.stop):
-            # x.x_i = x.p_i / 127.5 - sum(x), and sum(x) is shared by all images
+            # x.x_i = x.p_i / unit + offset sum(x), and sum(x) is shared by all images
             product = torch.mm(scaled, block.T).addr_(norm_scale, self._norms[start:stop])
             logits[:, start - images.start : stop - images.start] = product
         return logits
@@ -130,7 +129,7 @@ class AllImages(Support):
         total = weights.new_zeros(len(weights), self.rows.dim)
         for start, stop, block in self.rows.blocks(self.budget, images.start, images.stop):
             total.addmm_(weights[:, start - images.start : stop - images.start], block)
-        return total.div_(HALF_RANGE).sub_(1)
+        return self.rows.codec.values_(total)
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Nearest:
 
     Attributes:
         ids: rows of the store.
-        distances: L2 in [-1, 1] units, by difference.
+        distances: L2 in units of the values, by difference.
     """
 
     ids: Int[Tensor, "S k"]
@@ -155,14 +154,14 @@ def nearest_images(
     memory: int = DEFAULT_BUDGET,
     progress: bool = False,
 ) -> Nearest:
-    """The `k` stored images nearest to each of `x` in pixels, by comparing with all of them.
+    """The `k` stored images nearest to each of `x` in all values, by comparing with all of them.
 
     One matrix product per block proposes k + 32 candidates, differences order them: exact but for ties
     closer than float32 rounding.
 
     Args:
         store: the images.
-        x: float (S, C, H, W), in [-1, 1] units; the answer is where it is.
+        x: float (S, C, H, W), as the field takes them; the answer is where it is.
         k: neighbours wanted.
         memory: working memory in bytes.
         progress: show a bar on stderr.
@@ -178,7 +177,7 @@ def nearest_images(
             f"{', '.join(map(str, store.shape[1:]))})"
         )
     store.written.check()
-    rows = PixelRows(store.pixels, x.device)
+    rows = store.rows(x.device)
     flat = x.detach().flatten(1).float()
     wanted = min(k + _WEIGHED, len(store))
     # scores of one block and the differences of the candidates
@@ -189,7 +188,7 @@ def nearest_images(
         places = _top_by_expansion(rows, queries, wanted, memory)
         squares = queries.new_empty(places.shape)
         for row, (query, mine) in enumerate(zip(queries, places, strict=True)):
-            squares[row] = (rows.gather(mine).float().div_(HALF_RANGE).sub_(1) - query).square().sum(1)
+            squares[row] = (rows.values(mine) - query).square().sum(1)
         order = squares.argsort(dim=1, stable=True)[:, :k]
         ids.append(places.gather(1, order))
         distances.append(squares.gather(1, order).sqrt())
@@ -201,7 +200,7 @@ def _top_by_expansion(rows: PixelRows, x: Float[Tensor, "S D"], k: int, budget: 
     best = x.new_empty(len(x), 0)
     ids = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     for start, stop, block in rows.blocks(budget):
-        block.div_(HALF_RANGE).sub_(1)
+        rows.codec.values_(block)
         scores = torch.mm(x, block.T).sub_(0.5 * block.square().sum(1))
         here = torch.arange(start, stop, device=x.device).expand(len(x), -1)
         best, places = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + len(block)), dim=1)

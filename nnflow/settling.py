@@ -10,11 +10,12 @@ bounds the probability, over the noise x0, that u* differs from x1 - x0 by more 
 sqrt(D), the length of the noise (docs/field.md, section 13, whose equation number this is). It falls with
 t; image i settles where it reaches `risk`. An image with a near-duplicate settles late.
 
-The j are all other images and all mirror images, so that one time serves fields with and without mirror
-images and of one class. Distances are those of the coordinates, which are no longer than those of the
+The j are all other images and, of pixels, all mirror images, so that one time serves fields with and without
+mirror images and of one class. Distances are those of the coordinates, which are no longer than those of the
 pixels: the bound stays one. Pairs too close for them are measured in pixels.
 
-Axes:  n images   b images of a block   B = 2b, they and their mirror images   R coordinates   D = C*H*W
+Axes:  n images   b images of a block   B = 2b, they and their mirror images; b for latents, which have none
+       R coordinates   D = C*H*W
 """
 
 import math
@@ -35,7 +36,6 @@ from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.files import shown, whole_file
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
-from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.precision import full_float32
 from nnflow.products import BITS, FAINTEST, Buffer
 from nnflow.store import ImageStore
@@ -112,7 +112,7 @@ def settling_times(
 ) -> Float[Tensor, " n"] | None:
     """Times in (0, 1] from which on x1 - x0 stands for u*, one for each stored image; 1 for never.
 
-    Compares every image with every other and its mirror image, 2 n^2 distances.
+    Compares every image with every other and its mirror image, 2 n^2 distances; latents n^2.
 
     Args:
         index: the images and their coordinates.
@@ -164,12 +164,13 @@ def _times(others: _Others, reach: float, risk: float) -> Float[Tensor, " b"]:
 
 
 class _Crowd:
-    """All images and their mirror images, as each image sees them."""
+    """All images, and their mirror images where they have such, as each image sees them."""
 
     def __init__(self, index: NeighbourIndex, fall: float) -> None:
         self.embedding = index.embedding
-        self.rows = PixelRows(index.store.pixels)
+        self.rows = index.store.rows()
         self.shape = index.store.shape[1:]
+        self.ways = 2 if self.rows.codec.of_pixels else 1  # an image, and its mirror image
         self.fall = fall  # of the nearest's term in L(scale): exp(-fall)
         count, rank = len(index), len(self.embedding.principal)
         # z_j = unit_j (254 high_j + low_j): two bytes a coordinate, because one would hide near-duplicates
@@ -186,31 +187,33 @@ class _Crowd:
     def others(self, start: int, stop: int) -> _Others:
         """The distances of images `start` to `stop`."""
         z = self._coordinates(start, stop)
-        length = z.norm(dim=1).view(2, -1).amax(0)
+        length = z.norm(dim=1).view(self.ways, -1).amax(0)
         exponents = self._exponents(z)
         own = torch.arange(stop - start)  # would be found to be a copy, image by image
         exponents[own, own + start] = -torch.inf
         peak = exponents.amax(1)
         close, crowded = self._take_close(exponents, peak, (_CLOSE * length).clamp_min(_CLOSEST), start)
-        # Where there is no other, an impossible distance: no two images are further apart than 2 sqrt(D).
-        square = (-2 * peak.float()).clamp_max(4 * self.rows.dim).view(2, -1).amin(0)
+        # Where there is no other, an impossible distance: none are further apart than the diameter.
+        square = (-2 * peak.float()).clamp_max(self.rows.diameter**2).view(self.ways, -1).amin(0)
         factor = 2 * self.fall / square
-        terms = exponents.mul_(BITS * factor.repeat(2)[:, None]).clamp_min_(FAINTEST).exp2_()
+        terms = exponents.mul_(BITS * factor.repeat(self.ways)[:, None]).clamp_min_(FAINTEST).exp2_()
         kept = 1 - _rounding(length / square.sqrt(), self.digits.shape[2]).double()
         return _Others(
             nearest=(square.double() * kept).sqrt().masked_fill(crowded, 0.0),
             scale=0.5 * factor.double() / kept,
-            once=_log_sums(terms) + _SUMMED,
-            twice=_log_sums(terms.square_()) + _SUMMED,
+            once=self._log_sums(terms) + _SUMMED,
+            twice=self._log_sums(terms.square_()) + _SUMMED,
             close=close,
         )
 
     def _images(self, start: int, stop: int) -> Float[Tensor, "b D"]:
-        return self.rows.gather(torch.arange(start, stop)).float().div_(HALF_RANGE).sub_(1)
+        return self.rows.values(torch.arange(start, stop))
 
     def _coordinates(self, start: int, stop: int) -> Float[Tensor, "B R"]:
         """Those of the images, then those of their mirror images."""
         images = self._images(start, stop)
+        if self.ways == 1:
+            return self.embedding.project(images)
         return self.embedding.project(torch.cat([images, self._mirror(images)]))
 
     def _exponents(self, z: Float[Tensor, "B R"]) -> Float[Tensor, "B n"]:
@@ -238,7 +241,7 @@ class _Crowd:
         Returns:
             the distances, inf for none; and which images have too many, whose distances are not measured.
         """
-        count, limit = len(within), -0.5 * within.repeat(2).square()
+        count, limit = len(within), -0.5 * within.repeat(self.ways).square()
         found = (peak > limit).nonzero()[:, 0]
         some = exponents[found]
         near = some > limit[found, None]
@@ -248,11 +251,11 @@ class _Crowd:
         crowded = torch.zeros(count).index_add_(0, image, near.sum(1).float()) > _CROWD
         row, other = (near & ~crowded[image, None]).nonzero().unbind(1)
         distances = self._in_pixels(start + image[row], other, mirrored[row])
-        close = torch.full((2 * count, _CROWD), torch.inf, dtype=torch.float64)
+        close = torch.full((self.ways * count, _CROWD), torch.inf, dtype=torch.float64)
         # A copy is the same image: it does not move the mean.
         place = torch.arange(len(row)) - torch.searchsorted(row, row)
         close[found[row], place] = distances.masked_fill(distances == 0, torch.inf)
-        close = torch.cat(close.chunk(2), 1)
+        close = torch.cat(close.chunk(self.ways), 1)
         return close[:, close.isfinite().any(0)], crowded
 
     def _in_pixels(
@@ -266,16 +269,15 @@ class _Crowd:
             mine = self.rows.gather(one).float()
             mine[swap] = self._mirror(mine[swap])
             squares = mine.sub_(self.rows.gather(other)).square_().sum(1, dtype=torch.float64)
-            found.append(squares.sqrt() / HALF_RANGE)
+            found.append(squares.sqrt() / self.rows.codec.unit)
         return torch.cat(found)
+
+    def _log_sums(self, terms: Float[Tensor, "B n"]) -> Float[Tensor, " b"]:
+        """Logarithms of the sums over the images and the mirror images, float64."""
+        return terms.sum(1).double().view(self.ways, -1).sum(0).clamp_min(1e-38).log()
 
     def _mirror(self, x: Float[Tensor, "m D"]) -> Float[Tensor, "m D"]:
         return x.view(len(x), *self.shape).flip(-1).flatten(1)
-
-
-def _log_sums(terms: Float[Tensor, "B n"]) -> Float[Tensor, " b"]:
-    """Logarithms of the sums over the images and the mirror images, float64."""
-    return terms.sum(1).double().view(2, -1).sum(0).clamp_min(1e-38).log()
 
 
 def _rounding(ratio: Float[Tensor, " b"], rank: int) -> Float[Tensor, " b"]:

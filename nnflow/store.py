@@ -1,31 +1,27 @@
-"""ImageStore: a finite set of images as one memory-mapped array, with labels and names.
-
-The codec between stored and computed pixels:  p in 0 .. 255  <->  p / 127.5 - 1 in [-1, 1].
-"""
+"""ImageStore: a finite set of images as one memory-mapped array, with labels and names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 
 from nnflow import hdf5file
+from nnflow.codec import BYTES, Codec, to_uint8
 from nnflow.errors import InputError, StoreError
 from nnflow.filemap import Written, mapped
 from nnflow.files import folder_lock, shown
 from nnflow.ingest import IMAGES, build_images, is_unfinished
+from nnflow.pixels import PixelRows
+
+__all__ = ["ImageStore", "to_float", "to_uint8"]
 
 
 def to_float(pixels: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
     """0 .. 255 to float32 in [-1, 1]."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
-
-
-def to_uint8(images: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
-    """[-1, 1] to 0 .. 255, rounded; values outside are clamped, NaN is black."""
-    return images.float().add(1).mul_(127.5).nan_to_num_(nan=0.0).round_().clamp_(0, 255).byte()
+    return BYTES.values(pixels)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,8 +37,9 @@ class ImageStore:
     classes: tuple[str, ...]  # sorted names; () when none
     paths: Sequence[str]  # of the n images within their source
     fingerprint: str  # of pixels, labels, classes and shape
-    pixels: UInt8[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
+    pixels: Num[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
     written: Written  # when the file was, as it was opened
+    codec: Codec = BYTES  # what the stored numbers stand for
 
     @classmethod
     def build(
@@ -50,9 +47,10 @@ class ImageStore:
         source: Path | str,
         path: Path | str,
         *,
-        size: int,
+        size: int | None = None,
         grey: bool = False,
         background: str = "white",
+        scaling: float | None = None,
         workers: int | None = None,
         skip_unreadable: bool = False,
         progress: bool = False,
@@ -74,6 +72,7 @@ class ImageStore:
                 size=size,
                 grey=grey,
                 background=background,
+                scaling=scaling,
                 workers=workers,
                 skip_unreadable=skip_unreadable,
                 progress=progress,
@@ -96,8 +95,9 @@ class ImageStore:
             if is_unfinished(path.parent):
                 raise StoreError(f"{shown(path.parent)}: its build has not finished; repeat its command")
         header, written = hdf5file.read_header(path), Written.now(path)
-        if not header.fingerprint:
+        if not header.fingerprint or header.codec is None:
             raise StoreError(f"{shown(path)}: its build has not finished; repeat the command")
+        held = mapped(path, header.pixels_at, (header.shape[0], header.row_bytes))
         return cls(
             folder=path.parent,
             shape=header.shape,
@@ -105,8 +105,9 @@ class ImageStore:
             classes=header.classes,
             paths=header.paths,
             fingerprint=header.fingerprint,
-            pixels=mapped(path, header.pixels_at, (header.shape[0], header.row_bytes)),
+            pixels=held.view(header.codec.dtype),
             written=written,
+            codec=header.codec,
         )
 
     def __len__(self) -> int:
@@ -118,7 +119,9 @@ class ImageStore:
         return f"ImageStore({shown(self.folder)}: {count} images {tuple(shape)}, {classes} classes)"
 
     def images(self, ids: Tensor) -> Float[Tensor, "B C H W"]:
-        """Images `ids`, int64 (B,) in [0, n), as float32 (B, C, H, W) in [-1, 1] where `ids` is.
+        """Images `ids`, int64 (B,) in [0, n), as float32 (B, C, H, W) where `ids` is.
+
+        Pixels are in [-1, 1], latents those of the source times `codec.scaling`.
 
         Raises:
             InputError: ids of another shape or type, or outside [0, n).
@@ -133,7 +136,35 @@ class ImageStore:
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
         self.written.check()
         chosen = self.pixels[rows].to(ids.device)
-        return to_float(chosen).reshape(len(rows), *self.shape[1:])
+        return self.codec.values(chosen).reshape(len(rows), *self.shape[1:])
+
+    def refuse_flip(self, flip: bool) -> None:
+        """Refuses mirror images of latents: an autoencoder's latent of a mirrored image is another.
+
+        Raises:
+            InputError: `flip`, and the store holds latents.
+        """
+        if flip and not self.codec.of_pixels:
+            raise InputError(
+                "flip: a mirrored latent is not the latent of the mirrored image; leave it out (--no-flip), "
+                "or encode the mirrored images as well"
+            )
+
+    def refuse_other_units(self, other: "ImageStore", what: str) -> None:
+        """Refuses images whose numbers stand for other values, such as latents of another scaling.
+
+        Raises:
+            InputError: naming the scalings.
+        """
+        if (self.codec.unit, self.codec.offset) != (other.codec.unit, other.codec.offset):
+            raise InputError(
+                f"{what} are {_told(other.codec)}, the images indexed {_told(self.codec)}: build both from "
+                f"the same kind of source, latents with one scaling (--scaling {self.codec.scaling:.9g})"
+            )
+
+    def rows(self, device: torch.device | str = "cpu") -> PixelRows:
+        """The images as fields and fits read them."""
+        return PixelRows(self.pixels, device, codec=self.codec)
 
     def class_rows(self, label: int) -> slice:
         """The rows of class `label`: images of one class are stored together.
@@ -146,3 +177,7 @@ class ImageStore:
             raise InputError(f"label {label}: wanted one of the stored classes, {known}")
         ends = torch.searchsorted(self.labels, torch.tensor([label, label + 1])).tolist()
         return slice(*ends)
+
+
+def _told(codec: Codec) -> str:
+    return "pixels" if codec.of_pixels else f"latents times {codec.scaling:.6g}"

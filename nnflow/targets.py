@@ -25,7 +25,6 @@ from torch import Tensor
 from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.path import along, interpolate
-from nnflow.pixels import HALF_RANGE
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.tally import Tally
@@ -209,6 +208,7 @@ class MinibatchTarget(Target):
     ) -> None:
         if samples < 1:
             raise InputError(f"samples = {samples}: efm-m sums at least x1 itself")
+        store.refuse_flip(flip)
         self.store, self.samples, self.flip, self.memory = store, samples, flip, memory
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
@@ -252,7 +252,7 @@ def _mean(
 ) -> Float[Tensor, "b D"]:
     x1, x0, time = pairs.x1.flatten(1), pairs.x0.flatten(1), pairs.t.double()
     images = store.pixels.index_select(0, (ids % len(store)).flatten().cpu())
-    delta = images.to(x1.device).float().div_(HALF_RANGE).sub_(1)
+    delta = store.codec.values(images.to(x1.device))
     swap = (ids >= len(store)).flatten().to(x1.device)
     if swap.any():
         mirrored = delta.view(-1, *store.shape[1:]).flip(-1).flatten(1)

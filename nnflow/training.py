@@ -93,6 +93,7 @@ def train(
     run, began = Path(out), time.perf_counter()
     accelerator = _accelerator(config)
     store = source.store if isinstance(source, NeighbourIndex) else source
+    store.refuse_flip(config.flip)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_same_random_state_after(accelerator.device))
         # Else weights would depend on a switch of the caller's, and on when targets are made beside them.

@@ -54,6 +54,7 @@ class Estimate:
     Attributes:
         velocity: (mean - x) / (1 - t).
         mean: posterior mean of the data, E[x1 | x_t = x].
+        far_mass: share of the mass of images that were only estimated, in [0, 1].
         tail_mass: upper bound on the share of the soft-max mass left out, in [0, 1]; 1 where unknown.
         bound: |velocity - exact| <= bound in L2, in exact arithmetic; inf where nothing is known.
         ess: effective sample size 1 / sum w^2 of the images summed or estimated, at least 1.
@@ -69,6 +70,7 @@ class Estimate:
 
     velocity: Float[Tensor, "B C H W"]
     mean: Float[Tensor, "B C H W"]
+    far_mass: Float[Tensor, " B"]
     tail_mass: Float[Tensor, " B"]
     bound: Float[Tensor, " B"]
     ess: Float[Tensor, " B"]
@@ -86,6 +88,7 @@ class EmpiricalVelocity(Velocity):
     """
 
     def __init__(self, support: Support, store: ImageStore, *, flip: bool = False) -> None:
+        store.refuse_flip(flip)
         self.support = support
         self.store = store
         self.flip = flip
@@ -319,6 +322,7 @@ class EmpiricalVelocity(Velocity):
         return Estimate(
             velocity=velocity_from_mean(images, x, t),
             mean=images,
+            far_mass=far.float(),
             tail_mass=(tail + (1 - tail) * far).clamp_max(1).float(),
             bound=bound.float(),
             ess=part.weighted.ess.clamp_min(1).float(),
@@ -373,7 +377,7 @@ class HybridVelocity(Velocity):
 def _rows(store: ImageStore, device: torch.device | str | None) -> PixelRows:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return PixelRows(store.pixels, device)
+    return store.rows(device)
 
 
 def _range(values: Tensor) -> str:

@@ -26,7 +26,6 @@ from nnflow import ImageStore, NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.nearfield import by_difference, weigh
 from nnflow.path import velocity_from_mean
-from nnflow.pixels import HALF_RANGE, PixelRows
 
 _WEIGHED = 32  # images per query weighed by difference, as many as the exact field takes
 _LIGHT = 1e-8  # share of the mass that is not worth a pass over the images; the exact field's own
@@ -44,7 +43,7 @@ class Scan:
     def __init__(
         self, store: ImageStore, *, memory: int = DEFAULT_BUDGET, device: torch.device | str = "cpu"
     ) -> None:
-        self.rows = PixelRows(store.pixels, device)
+        self.rows = store.rows(device)
         self.norms = self.rows.squared_norms(memory).float()
         self.memory = memory
 
@@ -55,7 +54,7 @@ class Scan:
     def logits(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"]) -> Float[Tensor, "B n"]:
         """Eq. 5 for all images."""
         scale, offset = _factors(t)
-        halves = _split(x * (scale / HALF_RANGE)[:, None])
+        halves = _split(x * (scale / self.rows.codec.unit)[:, None])
         logits = x.new_empty(len(x), self.rows.count)
         for start, stop, block in self._blocks():
             logits[:, start:stop] = _product(halves, block.T).addr_(offset, self.norms[start:stop])
@@ -66,11 +65,11 @@ class Scan:
         total = weights.new_zeros(len(weights), self.rows.dim)
         for start, stop, block in self._blocks():
             total += _product(_split(weights[:, start:stop]), block)
-        return total.div_(HALF_RANGE).sub_(1)
+        return self.rows.codec.values_(total)
 
     def images(self, ids: Int[Tensor, " M"]) -> Float[Tensor, "M D"]:
         """Some images, in [-1, 1]."""
-        return self.rows.gather(ids).float().div_(HALF_RANGE).sub_(1)
+        return self.rows.values(ids)
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         step = self.rows.block_rows(self.memory)
@@ -333,4 +332,4 @@ def _gathered_mean(
     for some, mine in zip(ids.split(step), weights.split(step), strict=True):
         images = scan.rows.gather(some.flatten()).view(*some.shape, -1).float()
         means.append(torch.bmm(mine[:, None], images)[:, 0])
-    return torch.cat(means).div_(HALF_RANGE).sub_(1)
+    return scan.rows.codec.values_(torch.cat(means))

@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from nnflow import ImageStore, NeighbourIndex, NNFlowError, hdf5file
 from nnflow.errors import InputError, StoreError
-from nnflow.files import disk_errors, folder_lock, shown, sync_folder
+from nnflow.files import disk_errors, folder_lock, shown, sync_folder, write_at
 from nnflow.ingest import IMAGES
+from nnflow.texts import Texts
+from nnflow.unsealed import seal
 
 BLOCK = 2048  # rows made at once, 25 MB of float32 each at d = 3,072; the random numbers depend on it
 SHIFT = 4  # pixels
@@ -113,15 +115,15 @@ def write(store: ImageStore, out: Path, count: int, seed: int) -> None:
             recipe,
             labels=torch.full((count,), -1).numpy(),
             classes=(),
-            paths=hdf5file.Texts.of(paths),
+            paths=Texts.of(paths),
         )
         at = hdf5file.read_header(partial).pixels_at
         generator = torch.Generator().manual_seed(seed)
         with partial.open("r+b") as file, tqdm(total=count, desc="making images", unit="image") as bar:
             for block in blocks(store, count, generator):
-                at += hdf5file.write_at(file.fileno(), block.numpy().data.cast("B"), at)
+                at += write_at(file.fileno(), block.numpy().data.cast("B"), at)
                 bar.update(len(block))
-        hdf5file.seal(partial)
+        seal(partial)
         partial.replace(whole)
         sync_folder(out)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nnflow import velocity
 from nnflow.errors import InputError
-from nnflow.pixels import PixelRows
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher
 from nnflow.velocity import EmpiricalVelocity
@@ -50,7 +49,7 @@ def asked_there(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if DEVICE != "cpu":
-    velocity._rows = lambda store, device: PixelRows(store.pixels, DEVICE)
+    velocity._rows = lambda store, device: store.rows(DEVICE)
     EmpiricalVelocity.estimate = asked_there(EmpiricalVelocity.estimate)
     EmpiricalFlowMatcher.sample_location_and_conditional_flow = asked_there(
         EmpiricalFlowMatcher.sample_location_and_conditional_flow
@@ -99,9 +98,13 @@ class FieldContract(ABC):
     def complete(self, store: ImageStore, *, flip: bool = False) -> EmpiricalVelocity:
         """The same way of summing, set so that no image is left out."""
 
+    def keep(self, pixels: Tensor, folder: Path, *, classes: list[str] | None = None) -> ImageStore:
+        """A store of images p / 127.5 - 1, whatever it keeps them in."""
+        return store_of(pixels, folder, classes=classes)
+
     @pytest.fixture
     def store(self, tmp_path: Path) -> ImageStore:
-        return store_of(pixels_of(), tmp_path, classes=NAMES)
+        return self.keep(pixels_of(), tmp_path, classes=NAMES)
 
     @pytest.mark.parametrize("time", [0.004, 0.05, 0.3, 0.6, 0.9, 0.99, 0.999])
     def test_velocity_is_that_of_the_score(self, store: ImageStore, time: float) -> None:
@@ -124,7 +127,7 @@ class FieldContract(ABC):
     def test_two_images_by_hand(self, tmp_path: Path) -> None:
         """x_i = +-1 in one pixel gives m = tanh(t x / (1-t)^2), on paper."""
         pixels = torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1, 1)
-        field = self.complete(store_of(pixels, tmp_path))
+        field = self.complete(self.keep(pixels, tmp_path))
         x = torch.tensor([0.0, 0.3, -2.0]).view(3, 1, 1, 1)
         wanted = (torch.tanh(0.6 * x / 0.16) - x) / 0.4
         torch.testing.assert_close(field(x, 0.6), wanted, rtol=1e-5, atol=1e-6)
@@ -157,7 +160,7 @@ class FieldContract(ABC):
         pixels = torch.randint(darkest, 256, shape, generator=generator).to(torch.uint8)
         pixels[7] = pixels[4]
         pixels[7, 1, 5, 6] ^= 2
-        store = store_of(pixels, tmp_path)
+        store = self.keep(pixels, tmp_path)
         x1 = store.images(torch.full((16,), 4))
         x0 = torch.randn(x1.shape, generator=generator)
         x, t = (1 - time) * x0 + time * x1, torch.full((16,), time)
@@ -179,7 +182,7 @@ class FieldContract(ABC):
         for number in range(64):
             pixels[number, 40 * number] ^= 1
         pixels[64:] = torch.randint(0, 256, (6, len(base)), generator=generator)
-        store = store_of(pixels.view(70, 3, 32, 32), tmp_path)
+        store = self.keep(pixels.view(70, 3, 32, 32), tmp_path)
         time = 0.99
         x1 = store.images(torch.arange(8))
         x0 = torch.randn(x1.shape, generator=generator)
@@ -195,14 +198,14 @@ class FieldContract(ABC):
     def test_order_of_images_is_irrelevant(self, tmp_path: Path) -> None:
         pixels = pixels_of()
         shuffled = pixels[torch.randperm(N, generator=torch.Generator().manual_seed(5))]
-        one, other = (store_of(p, tmp_path / name) for name, p in (("a", pixels), ("b", shuffled)))
+        one, other = (self.keep(p, tmp_path / name) for name, p in (("a", pixels), ("b", shuffled)))
         x, t = queries(one, 0.3)
         torch.testing.assert_close(self.complete(one)(x, t), self.complete(other)(x, t), rtol=1e-5, atol=1e-5)
 
     def test_storing_every_image_twice_changes_nothing(self, tmp_path: Path) -> None:
         pixels = pixels_of()
-        one = store_of(pixels, tmp_path / "a")
-        twice = store_of(pixels.repeat(2, 1, 1, 1), tmp_path / "b")
+        one = self.keep(pixels, tmp_path / "a")
+        twice = self.keep(pixels.repeat(2, 1, 1, 1), tmp_path / "b")
         x, t = queries(one, 0.3)
         once, double = self.complete(one).estimate(x, t), self.complete(twice).estimate(x, t)
         torch.testing.assert_close(once.velocity, double.velocity, rtol=1e-5, atol=1e-5)
@@ -211,8 +214,8 @@ class FieldContract(ABC):
     def test_translation(self, tmp_path: Path) -> None:
         """Images moved by c, queries by t c: velocities move by c."""
         pixels = pixels_of().clamp(60, 195)
-        one = store_of(pixels, tmp_path / "a")
-        moved = store_of(pixels + 51, tmp_path / "b")
+        one = self.keep(pixels, tmp_path / "a")
+        moved = self.keep(pixels + 51, tmp_path / "b")
         x, t = queries(one, 0.3)
         shift = 51 / 127.5
         there = self.complete(moved)(x + 0.3 * shift, t)
@@ -221,8 +224,8 @@ class FieldContract(ABC):
     def test_rotation(self, tmp_path: Path) -> None:
         """A permutation of the pixels is a rotation; so is a change of sign, which grey levels allow."""
         pixels = pixels_of()
-        one = store_of(pixels, tmp_path / "a")
-        rotated = store_of((255 - pixels).rot90(1, (2, 3)), tmp_path / "b")
+        one = self.keep(pixels, tmp_path / "a")
+        rotated = self.keep((255 - pixels).rot90(1, (2, 3)), tmp_path / "b")
         x, t = queries(one, 0.4)
         there = self.complete(rotated)(-x.rot90(1, (2, 3)), t)
         wanted = -self.complete(one)(x, t).rot90(1, (2, 3))

@@ -16,7 +16,7 @@ from contract import pixels_of
 from refusals import refused
 from stores import store_of
 
-from nnflow import building, fitting, unfinished
+from nnflow import building, covariance, fitting, unfinished
 from nnflow.errors import InputError, StoreError
 from nnflow.faiss_backend import choose_kind, faiss, make_index, remembers_additions
 from nnflow.index import NeighbourIndex
@@ -76,10 +76,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(where, name, call)
 
-    counting(fitting, "_integer_gram")
+    counting(covariance, "_integer_gram")
     counting(fitting, "_leading")
     counting(fitting, "_subset_pca")
-    counting(fitting.PixelRows, "read")
+    counting(covariance.PixelRows, "read")
     counting(building, "_training_vectors")
     return calls
 

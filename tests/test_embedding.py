@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from stores import store_of
 from torch import Tensor
 
+from nnflow import covariance, integers
 from nnflow import fitting as module
-from nnflow import integers
 from nnflow.embedding import FORMAT, Embedding, collapse_time, embedding_digest
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.fitting import fit_embedding
@@ -128,7 +128,7 @@ def test_a_small_residual_of_strong_images_is_bounded() -> None:
         rows = PixelRows((127 + strength * pattern + weak).to(torch.uint8))
         directions = pattern[None].float() / math.sqrt(D)
         mean = torch.zeros(D)
-        stream = module._Stream(rows, ROOMY, module.Fitting(1024, 3, None), None, False)
+        stream = covariance.Stream(rows, ROOMY, module.Fitting(1024, 3, None), None, False)
         found = module._measure(stream, mean, directions, 1)
         radius, residual = found.radius, found.residual_radius
         x = rows.pixels.double() / 127.5 - 1
@@ -182,10 +182,10 @@ def test_a_budget_below_the_covariance_fits_a_subset_and_says_so(store: ImageSto
 
 
 def test_sums_do_not_depend_on_integer_products(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert D >= module._INTEGER_DIM, "the integer products are not used: the test would prove nothing"
+    assert D >= covariance._INTEGER_DIM, "the integer products are not used: the test would prove nothing"
     wanted = fit(store, 6)
     monkeypatch.setattr(integers, "are_fast", lambda: False)
-    monkeypatch.setattr(module, "_EXACT_ROWS", 71)
+    monkeypatch.setattr(covariance, "_EXACT_ROWS", 71)
     found = fit(store, 6)
     assert torch.equal(found.spectrum, wanted.spectrum)
     assert embedding_digest(found) == embedding_digest(wanted)
@@ -204,7 +204,7 @@ def test_products_of_extreme_bytes_are_exact(
     block = choices[torch.randint(4, (rows, dim), generator=generator)].to(torch.int8)
     block[:, 0] = -128
     wide = block.numpy().astype(np.int64)
-    assert torch.equal(module._integer_gram(block).long(), torch.from_numpy(wide.T @ wide))
+    assert torch.equal(covariance._integer_gram(block).long(), torch.from_numpy(wide.T @ wide))
 
 
 class TestWideImages:

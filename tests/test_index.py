@@ -366,7 +366,7 @@ class TestBuild:
         assert manifest["files"] == {name: file_mark(store.folder / name) for name in PARTS}
 
     def test_many_images_on_few_lists_train_within_the_budget(self, store: ImageStore) -> None:
-        rows = module.PixelRows(store.pixels)
+        rows = store.rows()
         embedding = build(store, "pixels").embedding
         lists = faiss_backend.make_index("IVF2,Flat", 48, N)
         few = building._training_vectors(lists, rows, embedding, 8 * 48 * 300, 0)

@@ -25,9 +25,9 @@ BUILD = """
 import os, sys
 os.fsync = os.fdatasync = lambda descriptor: None
 from nnflow.ingest import build_images
-from nnflow import hdf5file
+from nnflow import unsealed
 from nnflow.files import folder_lock
-hdf5file._SYNC_SECONDS = 0
+unsealed._SYNC_SECONDS = 0
 source, out, size = sys.argv[1:]
 with folder_lock(__import__("pathlib").Path(out)):
     print("started", flush=True)
@@ -137,11 +137,11 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(tmp_path, slow_
 CRASHES = """
 import os, sys, shutil
 from pathlib import Path
-from nnflow import hdf5file, ingest
+from nnflow import hdf5file, ingest, unsealed
 
 source, whole, out = map(Path, sys.argv[1:4])
 skip = sys.argv[4] == "skip"
-hdf5file._SYNC_SECONDS = 0
+unsealed._SYNC_SECONDS = 0
 os.fsync = os.fdatasync = lambda descriptor: None  # the kernel outlives a killed process
 wanted = whole.read_bytes()
 
@@ -247,7 +247,7 @@ def test_the_journal_is_never_ahead_of_the_rows(tmp_path, source, monkeypatch):
 
     for name in ("fdatasync", "pwrite"):
         monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
-    monkeypatch.setattr("nnflow.hdf5file._SYNC_SECONDS", 0)
+    monkeypatch.setattr("nnflow.unsealed._SYNC_SECONDS", 0)
     build_images(source, tmp_path / "out", size=8, workers=1)
     marks = [i for i, event in enumerate(events) if event == ("pwrite", "images.h5.journal")]
     assert len(marks) >= 3

@@ -12,12 +12,12 @@ ROOT = Path(nnflow.__file__).parent
 
 # A module imports only from those above it.
 ORDER = """
-errors memory precision files filemap path weighted pixels
+errors memory precision files texts filemap path weighted codec pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
-sources.subset sources decode hdf5file ingest store
-integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
-nearfield scan residual ladder products farfield calibration planned velocity calibrating settling tally
-targets config unet checkpoint diary batches trainer training
+sources.subset sources decode hdf5file unsealed recipes ingest store latents
+integers embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
+support nearfield scan residual ladder products farfield calibration planned velocity calibrating settling
+tally targets config unet checkpoint diary batches trainer training
 sampling metrics evaluation sheet plots curves
 cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
 """.split()  # noqa: SIM905

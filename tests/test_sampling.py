@@ -348,7 +348,8 @@ def test_a_blurred_mean_is_no_image(store: ImageStore, method: str) -> None:
             if float(t) >= 0.4:
                 return found
             mean = found.mean * 0.9
-            return replace(found, mean=mean, velocity=(mean - x) / (1 - t), ess=torch.ones_like(found.ess))
+            one = torch.ones_like(found.ess)
+            return replace(found, mean=mean, velocity=(mean - x) / (1 - t), ess=one, far_mass=one)
 
     field = Rough(store)
     found = sample(field, range(6), steps=20, method=method)

@@ -12,8 +12,10 @@ import torch
 from pictures import class_files, noise, saved, write_tree
 
 from nnflow.errors import InputError, StoreError
-from nnflow.hdf5file import Texts, read_header, runs
+from nnflow.hdf5file import read_header
 from nnflow.store import ImageStore, to_float, to_uint8
+from nnflow.texts import Texts
+from nnflow.unsealed import runs
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,8 @@ def place(name, at, length):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "version 2 of nnflow's images, wanted 1"),
+        ({"version": 3}, "version 3 of nnflow's images, wanted 1 or 2"),
+        ({"version": 2}, "dtype"),
         ({"version": "x\n"}, "version"),
         ({"format": "other"}, "foreign"),
         ({"recipe": None}, "recipe"),

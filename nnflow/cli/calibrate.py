@@ -25,7 +25,8 @@ PICTURE = "calibration.png"
     "--held-out",
     type=FOLDER,
     default=None,
-    help="Index of images that OUT does not hold; without it, the mirror images of those it holds.",
+    help="Index of images that OUT does not hold; without it, the mirror images of those it "
+    "holds; of latents, none.",
 )
 @click.option(
     "--queries", type=click.IntRange(min=2), default=None, help="Per time; 64 to 256, as the seconds allow."

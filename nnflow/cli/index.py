@@ -61,10 +61,19 @@ def _of_the_whole(function: F) -> F:
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option(
-    "--size", type=click.IntRange(1, 4096), required=True, help="Side of the stored images, pixels."
+    "--size",
+    type=click.IntRange(1, 4096),
+    default=None,
+    help="Side of the stored images, pixels; latents keep theirs.",
 )
 @click.option("--grey", is_flag=True, help="Store one channel instead of three.")
 @click.option("--background", default="white", show_default=True, help="Colour under transparent pixels.")
+@click.option(
+    "--scaling",
+    type=float,
+    default=None,
+    help="What latents are multiplied by; without it, what gives them unit root mean square.",
+)
 @click.option("--rank", type=RankType(), default="128", show_default=True, help="PCA coordinates, or pixels.")
 @click.option(
     "--kind",
@@ -99,9 +108,10 @@ def _of_the_whole(function: F) -> F:
 def index(
     source: Path,
     out: Path,
-    size: int,
+    size: int | None,
     grey: bool,
     background: str,
+    scaling: float | None,
     rank: int | Literal["pixels"],
     kind: str,
     workers: int | None,
@@ -115,8 +125,9 @@ def index(
     """Index the images of SOURCE in the folder OUT.
 
     SOURCE holds one folder per class, or images without classes: a folder or a zip. Or it is WebDataset
-    shards (.tar), parquet tables of the Hugging Face hub, or uint8 arrays (.npz, .npy); several such
-    files are given as their folder, or by a pattern in quotes, 'DIR/train-*'. A build that was stopped
+    shards (.tar), parquet tables of the Hugging Face hub, or arrays (.npz, .npy): uint8 images, or latents
+    of an autoencoder as float16 or float32 (n, C, H, W), stored as they are. Several such files are given
+    as their folder, or by a pattern in quotes, 'DIR/train-*'. A build that was stopped
     goes on with the same command; a finished one is reused, and measured only where it has not been.
     """
     memory = working_memory(memory)
@@ -126,6 +137,7 @@ def index(
         size=size,
         grey=grey,
         background=background,
+        scaling=scaling,
         workers=workers,
         skip_unreadable=skip_unreadable,
         progress=True,
@@ -164,6 +176,8 @@ def _facts(index: NeighbourIndex) -> dict[str, Any]:
         "folder": str(index.folder),
         "count": len(index),
         "shape": list(index.store.shape[1:]),
+        "dtype": str(index.store.codec.dtype).removeprefix("torch."),
+        "scaling": None if index.store.codec.of_pixels else index.store.codec.scaling,
         "classes": dict(zip(map(shown, index.store.classes), counts, strict=True)),
         "rank": manifest["rank"],
         "coordinates": manifest["coordinates"],
@@ -219,9 +233,16 @@ def _probed(probing: dict[str, Any]) -> str:
     )
 
 
+def _kind(facts: dict[str, Any]) -> str:
+    channels = facts["shape"][0]
+    if facts["scaling"] is None:
+        return "grey" if channels == 1 else "RGB"
+    return f"{channels} channels of latents in {facts['dtype']}, times {facts['scaling']:.6g}"
+
+
 def _told(index: NeighbourIndex) -> str:
     facts = _facts(index)
-    channels, height, width = facts["shape"]
+    _, height, width = facts["shape"]
     names = [f"{name} {count:,}" for name, count in facts["classes"].items()]
     classes = "none" if not names else ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
     rank = "all pixels" if facts["rank"] == "pixels" else f"{facts['coordinates']} PCA coordinates"
@@ -229,8 +250,7 @@ def _told(index: NeighbourIndex) -> str:
     return "\n".join(
         [
             f"{shown(facts['folder'])}",
-            f"  images         {facts['count']:,} of {height} x {width}, "
-            f"{'grey' if channels == 1 else 'RGB'}",
+            f"  images         {facts['count']:,} of {height} x {width}, {_kind(facts)}",
             f"  classes        {classes}",
             f"  embedding      {rank}, {100 * facts['captured']:.1f} % of the variance, "
             f"fitted on {facts['fitted_on']:,} images",

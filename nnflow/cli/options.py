@@ -14,6 +14,7 @@ from nnflow.checkpoint import read_record
 from nnflow.errors import InputError, NNFlowError, StoreError
 from nnflow.files import disk_errors, shown
 from nnflow.index import NeighbourIndex
+from nnflow.latents import Decode, open_decoder
 from nnflow.memory import parse_bytes
 from nnflow.store import ImageStore
 from nnflow.unet import LearnedVelocity
@@ -142,6 +143,32 @@ def device_option(function: F) -> F:
     return click.option("--device", default=None, help="cpu, cuda, cuda:1 ...; a GPU when there is one.")(
         function
     )
+
+
+def decode_option(function: F) -> F:
+    """--decode, a file that makes pictures of latents."""
+    return click.option(
+        "--decode",
+        type=FOLDER,
+        default=None,
+        help="Of latents: their decoder, a TorchScript or .pt2 file, from latents as in the source (B, C, H, "
+        "W) to pictures in [-1, 1]. Without it no pictures are drawn.",
+    )(function)
+
+
+def chosen_decoder(path: Path | None, store: ImageStore, device: torch.device) -> Decode | None:
+    """The decoder in `path`; None, with a note for latents, where there is none.
+
+    Raises:
+        InputError: not a decoder, or for a store of pixels.
+    """
+    if path is not None:
+        if store.codec.of_pixels:
+            raise InputError(f"--decode {shown(path)}: {shown(store.folder)} holds pixels, leave it out")
+        return open_decoder(path, device)
+    if not store.codec.of_pixels:
+        click.echo("latents: no pictures are drawn without their decoder, --decode FILE", err=True)
+    return None
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -1,6 +1,8 @@
 """nnflow sample."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from nnflow.cli.options import (
     FOLDER,
     ListType,
     SeedsType,
+    chosen_decoder,
     chosen_device,
     chosen_estimator,
     class_number,
+    decode_option,
     device_option,
     empirical_field,
     estimator_options,
@@ -25,6 +29,7 @@ from nnflow.cli.options import (
 )
 from nnflow.errors import InputError
 from nnflow.files import read_json, shown, whole_file, write_json
+from nnflow.latents import pictures_of
 from nnflow.plots import Column, comparison, sample_grid
 from nnflow.sampling import METHODS
 from nnflow.sampling import sample as integrate
@@ -76,21 +81,23 @@ class _Drawn:
 @click.option("--ema/--no-ema", default=True, show_default=True, help="Averaged weights, or the last ones.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples at once.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for what is written.")
+@decode_option
 @estimator_options(default=None)
 @memory_option
 @device_option
 def sample(
     index: Path, run: Path | None, fields: tuple[str, ...], taus: tuple[float, ...], seeds: tuple[int, ...],
     steps: int, method: str, class_name: str | None, flip: bool, ema: bool, batch: int, out: Path,
-    estimator: str | None, tolerance: float, k: int, memory: int, device: str | None,
+    decode: Path | None, estimator: str | None, tolerance: float, k: int, memory: int, device: str | None,
 ) -> None:  # fmt: skip
     """Draw samples from noise, one per seed, and find the training image nearest to each.
 
     Writes for each field samples-NAME.npy and grid-NAME.png, for all nearest.json and config.json, and for
-    several fields comparison.png.
+    several fields comparison.png. Samples of latents are as in the source, times config.json's scaling.
     """
     where = chosen_device(device)
     store = ImageStore.open(index)
+    decoder = chosen_decoder(decode, store, where)
     label = class_number(store, class_name)
     learned = None
     if set(fields) & {"hybrid", "learned"}:
@@ -113,10 +120,14 @@ def sample(
     config = {
         "index": str(index), "fingerprint": store.fingerprint, "run": None if run is None else str(run),
         "fields": list(fields), "taus": list(taus) if "hybrid" in fields else [], "seeds": list(seeds),
+        "scaling": None if store.codec.of_pixels else store.codec.scaling,
         "steps": steps, "method": method, "class": class_name, "flip": flip, "ema": ema,
         **({} if chosen is None else asdict(chosen)),
     }  # fmt: skip
-    _write(out, store, drawn, seeds, config)
+    shown_as = None
+    if store.codec.of_pixels or decoder:
+        shown_as = partial(pictures_of, store=store, decode=decoder, device=where)
+    _write(out, store, drawn, seeds, config, shown_as)
 
 
 def _columns(
@@ -145,31 +156,40 @@ def _columns(
 
 
 def _write(
-    out: Path, store: ImageStore, drawn: list[_Drawn], seeds: tuple[int, ...], config: dict[str, Any]
+    out: Path,
+    store: ImageStore,
+    drawn: list[_Drawn],
+    seeds: tuple[int, ...],
+    config: dict[str, Any],
+    shown_as: Callable[[Tensor], Tensor] | None,
 ) -> None:
+    """Arrays and reports, and pictures where values can be `shown_as` such."""
     written = []
     for column in drawn:
         array, grid = out / f"samples-{column.slug}.npy", out / f"grid-{column.slug}.png"
-        with whole_file(array) as partial, partial.open("wb") as file:
+        with whole_file(array) as place, place.open("wb") as file:
             np.save(file, column.images.numpy(), allow_pickle=False)
+        written.append(array)
+        if shown_as is None:
+            continue
         captions = [
             f"{seed}: d = {distance:.2f}"
             for seed, distance in zip(seeds, column.nearest.distances[:, 0].tolist(), strict=True)
         ]
-        sample_grid(column.images, grid, columns=_GRID_COLUMNS, captions=captions)
-        written += [array, grid]
+        sample_grid(shown_as(column.images), grid, columns=_GRID_COLUMNS, captions=captions)
+        written.append(grid)
     report = {column.slug: _neighbours(store, column, seeds) for column in drawn}
     write_json(out / "nearest.json", report)
     write_json(out / "config.json", config)
     written += [out / "nearest.json", out / "config.json"]
-    if len(drawn) > 1:
+    if len(drawn) > 1 and shown_as is not None:
         rows = slice(0, _ROWS)
         comparison(
             [
                 Column(
                     name=column.heading,
-                    images=column.images[rows],
-                    nearest=store.images(column.nearest.ids[rows, 0]),
+                    images=shown_as(column.images[rows]),
+                    nearest=shown_as(store.images(column.nearest.ids[rows, 0])),
                     distances=column.nearest.distances[rows, 0],
                 )
                 for column in drawn
@@ -177,6 +197,7 @@ def _write(
             out / "comparison.png",
             seeds=seeds[rows],
             n=len(store),
+            latent=None if store.codec.of_pixels else store.shape[1:],
         )
         written.append(out / "comparison.png")
     for path in written:
@@ -184,7 +205,7 @@ def _write(
 
 
 def _neighbours(store: ImageStore, column: _Drawn, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """For each sample its nearest training image, and how far the two nearest are (L2, [-1, 1])."""
+    """For each sample its nearest training image, and how far the two nearest are (L2 of the values)."""
     rows = []
     for seed, ids, distances in zip(
         seeds, column.nearest.ids.tolist(), column.nearest.distances.tolist(), strict=True

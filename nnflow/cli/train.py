@@ -10,12 +10,14 @@ from typing import Any
 import click
 import torch
 
-from nnflow.cli.options import FOLDER, F
+from nnflow.cli.options import FOLDER, F, chosen_decoder, chosen_device, decode_option
 from nnflow.config import PRESETS, TrainConfig, resolve
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
+from nnflow.latents import Decode, pictures_of
 from nnflow.plots import sample_grid
 from nnflow.sampling import sample
+from nnflow.store import ImageStore
 from nnflow.training import train as run_training
 from nnflow.unet import LearnedVelocity
 
@@ -51,8 +53,11 @@ def _knobs(function: F) -> F:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+@decode_option
 @_knobs
-def train(index: Path, out: Path, preset: str, resume: bool, dry_run: bool, **knobs: Any) -> None:
+def train(
+    index: Path, out: Path, preset: str, resume: bool, dry_run: bool, decode: Path | None, **knobs: Any
+) -> None:
     """Train a U-Net on the images of INDEX, by default against their closed-form velocity.
 
     Several processes or GPUs: accelerate launch -m nnflow train INDEX --out ...
@@ -62,7 +67,9 @@ def train(index: Path, out: Path, preset: str, resume: bool, dry_run: bool, **kn
     if dry_run:
         click.echo(json.dumps(config.to_json(), indent=2))
         return
-    result = run_training(opened, out, config, resume=resume, progress=True, on_sample=_grids(config))
+    decoder = chosen_decoder(decode, opened.store, chosen_device(None))
+    grids = _grids(config, opened.store, decoder) if opened.store.codec.of_pixels or decoder else None
+    result = run_training(opened, out, config, resume=resume, progress=True, on_sample=grids)
     state = "stopped" if result.interrupted else "trained"
     loss = "no step was left to take" if math.isnan(result.loss) else f"loss {result.loss:.4f}"
     click.echo(
@@ -75,7 +82,9 @@ def train(index: Path, out: Path, preset: str, resume: bool, dry_run: bool, **kn
         click.echo("to go on: the same command with --resume")
 
 
-def _grids(config: TrainConfig) -> Callable[[LearnedVelocity, int, Path], None]:
+def _grids(
+    config: TrainConfig, store: ImageStore, decode: Decode | None
+) -> Callable[[LearnedVelocity, int, Path], None]:
     """Draws 16 samples of fixed seeds, of each class in turn where the network knows classes."""
 
     def draw(network: LearnedVelocity, step: int, folder: Path) -> None:
@@ -84,6 +93,7 @@ def _grids(config: TrainConfig) -> Callable[[LearnedVelocity, int, Path], None]:
             label = torch.arange(len(_GRID_SEEDS)) % network.classes
         images = sample(network, list(_GRID_SEEDS), steps=_GRID_STEPS, label=label)
         folder.mkdir(parents=True, exist_ok=True)
+        images = pictures_of(images, store, decode, device=network.device)
         sample_grid(images, folder / f"step-{step:08d}.png", columns=4)
 
     return draw

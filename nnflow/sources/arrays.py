@@ -1,7 +1,8 @@
-"""Images as uint8 arrays: .npz files such as downsampled ImageNet's and ADM's batches, or one .npy.
+"""Images as uint8 arrays, or latents: .npz such as downsampled ImageNet's and ADM's batches, or one .npy.
 
     images   data, images, x or arr_0: (n, 3, H, W), (n, H, W, 3), (n, 1, H, W), (n, H, W, 1),
              (n, H, W), or rows of square images, (n, 3 H H) with the channels one after the other
+    latents  likewise, or latents or z: (n, C, H, W) of float16 or float32, any C, H, W; kept as they are
     labels   labels, y or arr_1: (n,) integers; none in a .npy
 
 Downsampled ImageNet numbers its classes from 1, and so they are called here: 0001 to 1000. An array
@@ -24,17 +25,18 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 
 from nnflow.errors import SourceError
 from nnflow.files import file_mark, shown
 from nnflow.memory import format_bytes
 from nnflow.sources.archive import LOCAL_HEADER
-from nnflow.sources.base import Item, Source, reason, regular_size
+from nnflow.sources.base import Item, Latents, Source, reason, regular_size
 from nnflow.sources.tables import NumberedItems, classed, place_of
 
-_IMAGES = ("data", "images", "x", "arr_0")
+_IMAGES = ("data", "images", "latents", "x", "z", "arr_0")
 _LABELS = ("labels", "y", "arr_1")
+_COLOURS = 4  # no more as the last side of square float arrays: those are images, channels last
 _COPY_BYTES = 1 << 24
 _FIX = "save it anew by numpy.savez"
 
@@ -54,6 +56,11 @@ class _Array:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one image."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def mark(self) -> str:
@@ -91,18 +98,26 @@ class ArraySource(Source):
                     f"{shown(path)}: {other.name} holds images of {other.shape[1:]}, {first.name} of "
                     f"{first.shape[1:]}; wanted one shape"
                 )
+            if other.dtype != first.dtype:
+                raise SourceError(
+                    f"{shown(path)}: {other.name} is of {other.dtype}, {first.name} of {first.dtype}; "
+                    "wanted one type"
+                )
         names = [file.name for file in files]
         labels, classes = classed([values for _, values in found], names, path)
         counts = [array.shape[0] for array in self._arrays]
         if not any(counts):
             raise SourceError(f"{shown(path)}: no images, the arrays are empty")
-        self.items = NumberedItems(names, counts, labels, classes, size=math.prod(first.shape[1:]))
+        self.items = NumberedItems(names, counts, labels, classes, size=first.row_size)
         self.classes = self.items.classes
-        self._shape = _channels_first(np.empty((0, *first.shape[1:]), np.uint8), first.name).shape[1:]
+        self._dtype = first.dtype
+        self._shape = _channels_first(np.empty((0, *first.shape[1:]), first.dtype), first.name).shape[1:]
+        if first.dtype != np.uint8:
+            self.latents = Latents(self._shape, first.dtype)
         self._lock = Lock()
         self._images: dict[int, np.ndarray] = {}
 
-    def _rows(self, file: int) -> UInt8[np.ndarray, "n C H W"]:
+    def _rows(self, file: int) -> Num[np.ndarray, "n C H W"]:
         """A file's images, as a view of its map."""
         with self._lock:
             if file not in self._images:
@@ -117,8 +132,8 @@ class ArraySource(Source):
     def holds(self, shape: tuple[int, int, int]) -> bool:  # noqa: D102
         return self._shape == shape
 
-    def block(self, positions: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n C H W"]:  # noqa: D102
-        block = np.empty((len(positions), *self._shape), np.uint8)
+    def block(self, positions: Int[np.ndarray, " n"]) -> Num[np.ndarray, "n C H W"]:  # noqa: D102
+        block = np.empty((len(positions), *self._shape), self._dtype)
         for file, chosen, rows in self.items.files_of(positions):
             block[chosen] = self._rows(file)[rows]
         return block
@@ -199,10 +214,13 @@ def _described(
 
 
 def _image_array(array: _Array, size: int) -> _Array:
-    """`array`, refused unless it holds uint8 images and lies whole in its file of `size` bytes."""
-    if array.dtype != np.uint8:
-        raise SourceError(f"{array.name}: {array.dtype} values; wanted images as uint8, 0 to 255")
-    _channels_first(np.empty((0, *array.shape[1:]), np.uint8), array.name)
+    """`array`, refused unless it holds images or latents and lies whole in its file of `size` bytes."""
+    if array.dtype not in (np.uint8, np.float16, np.float32):
+        raise SourceError(
+            f"{array.name}: {array.dtype} values; wanted images as uint8, 0 to 255, or latents as float16 or "
+            "float32"
+        )
+    _channels_first(np.empty((0, *array.shape[1:]), array.dtype), array.name)
     wanted = array.skip + array.size
     there = array.member.file_size if array.member else size
     if there != wanted or (array.at is not None and array.at + wanted > size):
@@ -223,9 +241,16 @@ def _labels(archive: zipfile.ZipFile, info: zipfile.ZipInfo, images: _Array) -> 
         return np.lib.format.read_array(content, allow_pickle=False)
 
 
-def _channels_first(images: np.ndarray, name: str) -> UInt8[np.ndarray, "n C H W"]:
+def _channels_first(images: np.ndarray, name: str) -> Num[np.ndarray, "n C H W"]:
     """`images` in any of the layouts above, as a view."""
     count, *sides = images.shape if images.ndim else (0,)
+    if images.dtype != np.uint8:
+        if len(sides) == 3 and all(sides) and not (sides[0] == sides[1] > sides[2] and sides[2] <= _COLOURS):
+            return images
+        raise SourceError(
+            f"{name}: {images.dtype} values of shape {tuple(sides)}; wanted latents of (C, H, W), channels "
+            "first, or images as uint8"
+        )
     if len(sides) == 1 and sides[0]:
         for channels in (3, 1):
             side = math.isqrt(sides[0] // channels)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 
 from nnflow.errors import SourceError
 from nnflow.files import shown
@@ -53,12 +53,21 @@ class Item:
     place: bytes = b""  # where the source that listed it finds it, packed: nobody else's business
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What a source of latents holds: (C, H, W) of each, and float16 or float32."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+
+
 class Source(ABC):
     """Images that can be listed in a fixed order and read by any thread; a context manager."""
 
     path: Path
     items: Sequence[Item]
     classes: tuple[str, ...]  # sorted by code point; () for a source without
+    latents: Latents | None = None  # instead of images: `block` gives them, and nothing is decoded
 
     @abstractmethod
     def read(self, item: Item) -> bytes | UInt8[np.ndarray, "H W *C"]:
@@ -81,8 +90,8 @@ class Source(ABC):
         """Whether every image is kept as uint8 (C, H, W) pixels of this `shape`, for `block` to give."""
         return False
 
-    def block(self, positions: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n C H W"]:
-        """The pixels of the items at `positions`, from any thread; only where `holds` says so.
+    def block(self, positions: Int[np.ndarray, " n"]) -> Num[np.ndarray, "n C H W"]:
+        """The pixels, or latents, of the items at `positions`, from any thread; only where `holds` says so.
 
         Raises:
             SourceError: a damaged file.

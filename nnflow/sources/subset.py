@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 
 from nnflow.errors import DegradedWarning, InputError
 from nnflow.files import shown
@@ -64,6 +64,7 @@ class _Subset(Source):
         self.items = _Chosen(source.items, positions)
         present = {item.group for item in self.items}
         self.classes = tuple(name for name in source.classes if name in present)
+        self.latents = source.latents
         self._source = source
         self._positions = positions
 
@@ -83,7 +84,7 @@ class _Subset(Source):
     def holds(self, shape: tuple[int, int, int]) -> bool:
         return self._source.holds(shape)
 
-    def block(self, positions: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n C H W"]:
+    def block(self, positions: Int[np.ndarray, " n"]) -> Num[np.ndarray, "n C H W"]:
         return self._source.block(self._positions[positions])
 
     def close(self) -> None:
