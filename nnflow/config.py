@@ -162,8 +162,9 @@ def _listed(value: Any) -> str:
 
 def _checked(knob: "dataclasses.Field[Any]", value: Any) -> Any:
     """`value` in the type of the knob and within its range."""
-    if knob.type == tuple[int, ...]:
-        return tuple(_number(knob, part, int) for part in _parts(knob.name, value))
+    for kind in (int, float):
+        if knob.type == tuple[kind, ...]:  # type: ignore[valid-type]
+            return tuple(_number(knob, part, kind) for part in _parts(knob.name, value, kind))
     if knob.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{knob.name} is {shown(repr(value))}: wanted true or false")
@@ -177,14 +178,15 @@ def _checked(knob: "dataclasses.Field[Any]", value: Any) -> Any:
     return _number(knob, value, int if knob.type is int else float)
 
 
-def _parts(name: str, value: Any) -> list[Any]:
+def _parts(name: str, value: Any, kind: type) -> list[Any]:
     """The entries of a tuple knob, from a tuple, a list, or text such as "32,64"."""
     if isinstance(value, list | tuple):
         return list(value)
     try:
-        return [int(part) for part in value.split(",") if part.strip()]
+        return [kind(part) for part in value.split(",") if part.strip()]
     except (AttributeError, ValueError) as error:
-        raise InputError(f"{name} is {shown(repr(value))}: wanted whole numbers such as 32,64") from error
+        wanted = "whole numbers such as 32,64" if kind is int else "numbers such as 0.1,0.2"
+        raise InputError(f"{name} is {shown(repr(value))}: wanted {wanted}") from error
 
 
 def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
@@ -198,6 +200,9 @@ def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
         span = f" of at least {low}" if high in (None, _LARGEST) else f" from {low} to {high}"
         raise InputError(f"{knob.name} is {shown(repr(value))}: wanted {what}{span}")
     return kind(value)
+
+
+knob, checked = _knob, _checked  # the settings of the figures are declared and checked as those of a run
 
 
 # The recipe of arXiv 2506.03719 for CIFAR-10, and one for scikit-learn's 8x8 digits on a laptop.

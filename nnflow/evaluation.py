@@ -322,17 +322,32 @@ class _Comparison:
         return summarise(self.times, [_joined(part) for part in parts])
 
     def _pairs(self, images: ImageStore | Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of (x0, x1, ids of x1), each pair from a generator of its own."""
-        draw = torch.Generator().manual_seed(self.seed)
-        noise_seeds = torch.randint(2**62, (self.pairs,), generator=draw).tolist()
-        ids = torch.randint(len(images), (self.pairs,), generator=draw)
-        shape = _image_shape(images)
-        bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(shape)
+        """Blocks of (x0, x1, ids of x1) on the device."""
+        bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(_image_shape(images))
         rows = rows_within(self.memory, bytes_per_pair, at_most=self.pairs, what="pairs")
         for start in range(0, self.pairs, rows):
-            x0 = noise_of(noise_seeds[start : start + rows], shape)
-            block = ids[start : start + rows]
-            yield x0.to(self.device), _take(images, block).to(self.device), block
+            some = slice(start, start + rows)
+            x0, x1, ids = draw_pairs(images, self.pairs, seed=self.seed, rows=some)
+            yield x0.to(self.device), x1.to(self.device), ids
+
+
+def draw_pairs(
+    images: ImageStore | Tensor, pairs: int, *, seed: int, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some of `pairs` pairs: noise x0, images x1 drawn with replacement, and the ids of these.
+
+    Each pair has a generator of its own, so that it does not depend on which others are asked for.
+
+    Args:
+        images: what x1 is drawn from.
+        pairs: how many there are.
+        seed: of them all.
+        rows: which of them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    noise_seeds = torch.randint(2**62, (pairs,), generator=draw)[rows].tolist()
+    ids = torch.randint(len(images), (pairs,), generator=draw)[rows]
+    return noise_of(noise_seeds, _image_shape(images)), _take(images, ids), ids
 
 
 def _joined(parts: Sequence[PairErrors]) -> PairErrors:

@@ -19,7 +19,10 @@ integers embedding unfinished fitting coordinates faiss_backend probing manifest
 nearfield scan residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
 sampling metrics evaluation sheet plots curves
-cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
+figures figures.parts figures.inputs figures.experiment figures.pictures figures.points figures.alignment
+figures.drawn figures.drawn.cosines
+figures.cosines figures.registry report
+cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli.figures cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line
 

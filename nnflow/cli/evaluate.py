@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from nnflow.checkpoint import learned_field
 from nnflow.cli.options import (
     FOLDER,
     chosen_device,
@@ -13,7 +14,6 @@ from nnflow.cli.options import (
     device_option,
     empirical_field,
     estimator_options,
-    learned_field,
     memory_option,
     new_folder,
 )

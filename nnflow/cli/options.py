@@ -10,13 +10,11 @@ import click
 import torch
 
 from nnflow.calibration import Calibration
-from nnflow.checkpoint import read_record
 from nnflow.errors import InputError, NNFlowError, StoreError
 from nnflow.files import disk_errors, shown
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
 from nnflow.store import ImageStore
-from nnflow.unet import LearnedVelocity
 from nnflow.velocity import EmpiricalVelocity
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -195,23 +193,6 @@ def empirical_field(
     return EmpiricalVelocity.near_and_far(
         index, tolerance=chosen.tolerance, flip=flip, memory=memory, device=device
     )
-
-
-def learned_field(run: Path, store: ImageStore, *, ema: bool, device: torch.device) -> LearnedVelocity:
-    """The network of a training run on the images of `store`.
-
-    Raises:
-        InputError: it was trained on other images, so u* of these says nothing about it.
-    """
-    learned = LearnedVelocity.open(run, ema=ema, device=device)
-    if (run / "config.json").exists() and (run / "checkpoints").exists():
-        trained_on = read_record(run).images
-        if trained_on != store.fingerprint:
-            raise InputError(
-                f"{shown(run)}: trained on other images ({trained_on[:12]}...) than {shown(store.folder)} "
-                f"holds ({store.fingerprint[:12]}...); name the index it was trained on"
-            )
-    return learned
 
 
 def class_number(store: ImageStore, name: str | None) -> int | None:

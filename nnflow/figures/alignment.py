@@ -1,0 +1,208 @@
+"""How far u* is deterministic: cosines between it and the conditional velocities that it averages.
+
+    cos(t) = cos( u*(x_t, t), x1 - x0 ),   x_t = (1 - t) x0 + t x1
+
+over pairs of noise x0 and stored images x1; t = 0 is noise, t = 1 data. Where all but a rounding of the
+softmax mass is on x1 itself, u* is x1 - x0, and stays so at every later t of that pair (docs/field.md,
+section 7): from there on the field is not asked.
+
+Axes:  P pairs   T times
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from nnflow.evaluation import draw_pairs
+from nnflow.figures.parts import Parts
+from nnflow.metrics import pair_errors, wilson_interval
+from nnflow.path import interpolate
+from nnflow.velocity import EmpiricalVelocity, Estimate
+
+ALIGNED = 0.9  # the cosine above which the paper calls a pair aligned
+BINS = 50  # of cosines in [-1, 1]
+_DIGITS = 7  # of a cosine in JSON
+_BLOCK_BYTES = 1 << 26  # of the float32 images of one block of pairs ...
+_MOST_PAIRS = 128  # ... and pairs of one part: a kill costs no more than these
+# All but this of the mass on one image, whose mean is then x1 to 3e-4 grey levels (as in sampling).
+_ONE_IMAGE, _SAME = 2e-6, 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Cosines of one set of images, over time.
+
+    Attributes:
+        name: of the set.
+        shape: (n, C, H, W).
+        times: 0 = noise, 1 = data.
+        counts: for each time, of the pairs in `BINS` equal bins of the cosine from -1 to 1.
+        share: of the pairs with a cosine above 0.9, with its 95 % Wilson interval.
+        low: lower end of it.
+        high: upper end of it.
+        p10: 10th percentile of the cosine.
+        median: of the cosine.
+        p90: 90th percentile.
+        pairs: behind every number.
+    """
+
+    name: str
+    shape: tuple[int, int, int, int]
+    times: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    share: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    p10: tuple[float, ...]
+    median: tuple[float, ...]
+    p90: tuple[float, ...]
+    pairs: int
+
+    @property
+    def aligned_from(self) -> float | None:
+        """The first time from which on at least 90 % of the pairs are aligned; None where never."""
+        return first_lasting([share >= ALIGNED for share in self.share], self.times)
+
+    @property
+    def crossing(self) -> float | None:
+        """When the share of aligned pairs passes one half for the last time, interpolated."""
+        return crossed(self.share, self.times, 0.5)
+
+    @property
+    def width(self) -> float | None:
+        """Time that the share takes from 10 % to 90 %: the steepness of its rise."""
+        ends = [crossed(self.share, self.times, level) for level in (0.1, 0.9)]
+        return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
+
+
+def first_lasting(holds: Sequence[bool], times: Sequence[float]) -> float | None:
+    """The earliest of `times` from which on all hold."""
+    found = None
+    for held, t in zip(reversed(holds), reversed(times), strict=True):
+        if not held:
+            break
+        found = t
+    return found
+
+
+def crossed(values: Sequence[float], times: Sequence[float], level: float) -> float | None:
+    """Where `values` pass `level` upwards for the last time, linear between times; None where never."""
+    if values[-1] < level:
+        return None
+    for i in range(len(values) - 1, 0, -1):
+        if values[i - 1] < level:
+            part = (level - values[i - 1]) / (values[i] - values[i - 1])
+            return times[i - 1] + part * (times[i] - times[i - 1])
+    return times[0]
+
+
+def times_of(count: int) -> tuple[float, ...]:
+    """`count` times 0, 1/count, ...: the paper's 0, .01, ... .99 for 100."""
+    return tuple(i / count for i in range(count))
+
+
+def measure_cosines(
+    field: EmpiricalVelocity,
+    *,
+    times: Sequence[float],
+    pairs: int,
+    seed: int,
+    parts: Parts,
+    key: Mapping[str, Any],
+    name: str,
+    progress: bool = False,
+) -> Float[Tensor, "P T"]:
+    """The cosine of each pair at each time, float64; a block of pairs is a part.
+
+    Args:
+        field: u*; x1 is drawn from its images.
+        times: ascending, in [0, 1).
+        pairs: of noise and image.
+        seed: of these.
+        parts: where they are kept.
+        key: what `field` depends on.
+        name: of the set, in the parts' names and on the bar.
+        progress: show a bar.
+    """
+    block = max(1, min(_MOST_PAIRS, pairs, _BLOCK_BYTES // (4 * math.prod(field.shape))))
+    rows: list[list[float]] = []
+    with tqdm(total=pairs, desc=f"cosines, {name}", unit="pair", disable=not progress) as bar:
+        for start in range(0, pairs, block):
+            stop = min(start + block, pairs)
+            whole = dict(key) | {"times": list(times), "pairs": [start, stop], "of": pairs, "seed": seed}
+            found = parts.get(
+                f"{name}-{start:05d}",
+                whole,
+                lambda start=start, stop=stop: {  # type: ignore[misc]
+                    "cosines": _block(field, times, pairs, seed, slice(start, stop))
+                },
+            )
+            rows += found["cosines"]
+            bar.update(stop - start)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _block(
+    field: EmpiricalVelocity, times: Sequence[float], pairs: int, seed: int, rows: slice
+) -> list[list[float]]:
+    x0, x1, _ = draw_pairs(field.store, pairs, seed=seed, rows=rows)
+    cosines = cosines_over_time(field, x0.to(field.device), x1.to(field.device), times)
+    return [[round(value, _DIGITS) for value in row] for row in cosines.tolist()]
+
+
+def cosines_over_time(
+    field: EmpiricalVelocity,
+    x0: Float[Tensor, "P *shape"],
+    x1: Float[Tensor, "P *shape"],
+    times: Sequence[float],
+) -> Float[Tensor, "P T"]:
+    """cos(u*(x_t, t), x1 - x0) of each pair at each of ascending `times`, float64 on the CPU."""
+    cosines = torch.ones(len(x0), len(times), dtype=torch.float64)
+    left = torch.arange(len(x0), device=x0.device)
+    for column, t in enumerate(times):
+        if not len(left):
+            break
+        ends = x1[left]
+        x = interpolate(x0[left], ends, t)
+        estimate = field.estimate(x, t)
+        cosines[left.cpu(), column] = pair_errors(estimate.velocity, ends - x0[left]).cosine.cpu()
+        left = left[~_settled(estimate, ends)]
+    return cosines
+
+
+def _settled(estimate: Estimate, x1: Float[Tensor, "P *shape"]) -> Bool[Tensor, " P"]:
+    """Whether the whole mass is on x1 (or on a copy of it)."""
+    away = (estimate.mean - x1).abs().flatten(1).amax(1)
+    return (estimate.ess <= 1 + _ONE_IMAGE) & (away <= _SAME)
+
+
+def summary(
+    cosines: Float[Tensor, "P T"], times: Sequence[float], *, name: str, shape: Sequence[int]
+) -> Alignment:
+    """Histogram, share above 0.9 and percentiles at each time."""
+    pairs = len(cosines)
+    # The last bin takes 1 itself; rounding may put a cosine at 1 + 2e-16.
+    bins = ((cosines.clamp(-1, 1) + 1) * (BINS / 2)).long().clamp_max(BINS - 1)
+    above = (cosines > ALIGNED).sum(0).tolist()
+    intervals = [wilson_interval(count, pairs) for count in above]
+    count, channels, height, width = shape
+    p10, median, p90 = (cosines.quantile(q, 0).tolist() for q in (0.1, 0.5, 0.9))
+    return Alignment(
+        name=name,
+        shape=(count, channels, height, width),
+        times=tuple(times),
+        counts=tuple(tuple(torch.bincount(column, minlength=BINS).tolist()) for column in bins.T),
+        share=tuple(n / pairs for n in above),
+        low=tuple(low for low, _ in intervals),
+        high=tuple(high for _, high in intervals),
+        p10=tuple(p10),
+        median=tuple(median),
+        p90=tuple(p90),
+        pairs=pairs,
+    )
