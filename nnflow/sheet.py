@@ -82,6 +82,12 @@ class Sheet:
             columnspacing=1.2,
         )
 
+    def ramp(self, count: int) -> list[Any]:
+        """`count` colours from dark to light for things in an order, in any print and to any eye."""
+        from matplotlib import colormaps
+
+        return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+
     def heat(
         self,
         axes: Any,

@@ -54,18 +54,20 @@ def _setting_options(experiment: Experiment) -> Callable[[F], F]:
     return added
 
 
-def _input_options(needs: tuple[str, ...], takes: tuple[str, ...]) -> Callable[[F], F]:
+def _input_options(names: tuple[str, ...], *, tolerant: bool) -> Callable[[F], F]:
     """--index, --run and the others that the experiment can be given, then how u* is taken."""
 
     def added(function: F) -> F:
         function = device_option(memory_option(function))
-        function = click.option(
-            "--tolerance",
-            type=click.FloatRange(min=0, min_open=True),
-            default=None,
-            help="Take u* by near and far within this relative error, not exactly; needs nnflow calibrate.",
-        )(function)
-        for name in reversed((*needs, *takes)):
+        if tolerant:
+            function = click.option(
+                "--tolerance",
+                type=click.FloatRange(min=0, min_open=True),
+                default=None,
+                help="Take u* by near and far within this relative error, not exactly; needs nnflow "
+                "calibrate.",
+            )(function)
+        for name in reversed(names):
             function = click.option(
                 f"--{name.replace('_', '-')}", name, type=FOLDER, default=None, help=OPTIONS[name]
             )(function)
@@ -83,7 +85,7 @@ def _command(experiment: Experiment) -> click.Command:
 
     @click.command(experiment.name, help=f"{experiment.about}\n\nThe paper: {experiment.claim}")
     @_out
-    @_input_options(experiment.needs, experiment.takes)
+    @_input_options(experiment.inputs, tolerant=experiment.tolerant)
     @_setting_options(experiment)
     @_redraw
     def command(out: Path, redraw: bool, **rest: Any) -> None:
@@ -120,7 +122,7 @@ def _draw(experiment: Experiment, document: Document, out: Path) -> None:
 
 @click.command("all")
 @_out
-@_input_options((), tuple(OPTIONS))
+@_input_options(tuple(OPTIONS), tolerant=True)
 def every(out: Path, device: str | None, **rest: Any) -> None:
     """Make every figure that the inputs named allow, with its default settings, and the report.
 

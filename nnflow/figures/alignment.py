@@ -11,7 +11,8 @@ Axes:  P pairs   T times
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from nnflow.path import interpolate
 from nnflow.velocity import EmpiricalVelocity, Estimate
 
 ALIGNED = 0.9  # the cosine above which the paper calls a pair aligned
+COLLAPSED = 2.0  # effective images below which u* is more than half one image
 BINS = 50  # of cosines in [-1, 1]
 _DIGITS = 7  # of a cosine in JSON
 _BLOCK_BYTES = 1 << 26  # of the float32 images of one block of pairs ...
@@ -49,6 +51,7 @@ class Alignment:
         p10: 10th percentile of the cosine.
         median: of the cosine.
         p90: 90th percentile.
+        ess: median of the effective number of images 1 / sum w^2.
         pairs: behind every number.
     """
 
@@ -62,6 +65,7 @@ class Alignment:
     p10: tuple[float, ...]
     median: tuple[float, ...]
     p90: tuple[float, ...]
+    ess: tuple[float, ...]
     pairs: int
 
     @property
@@ -70,15 +74,17 @@ class Alignment:
         return first_lasting([share >= ALIGNED for share in self.share], self.times)
 
     @property
-    def crossing(self) -> float | None:
-        """When the share of aligned pairs passes one half for the last time, interpolated."""
-        return crossed(self.share, self.times, 0.5)
+    def collapsed_from(self) -> float | None:
+        """The first time from which on u* is less than two images for half of the pairs; None where never."""
+        return first_lasting([ess < COLLAPSED for ess in self.ess], self.times)
 
-    @property
-    def width(self) -> float | None:
-        """Time that the share takes from 10 % to 90 %: the steepness of its rise."""
-        ends = [crossed(self.share, self.times, level) for level in (0.1, 0.9)]
-        return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, and the two times."""
+        return {
+            **asdict(self),
+            "aligned_from": self.aligned_from,
+            "collapsed_from": self.collapsed_from,
+        }
 
 
 def first_lasting(holds: Sequence[bool], times: Sequence[float]) -> float | None:
@@ -91,23 +97,25 @@ def first_lasting(holds: Sequence[bool], times: Sequence[float]) -> float | None
     return found
 
 
-def crossed(values: Sequence[float], times: Sequence[float], level: float) -> float | None:
-    """Where `values` pass `level` upwards for the last time, linear between times; None where never."""
-    if values[-1] < level:
-        return None
-    for i in range(len(values) - 1, 0, -1):
-        if values[i - 1] < level:
-            part = (level - values[i - 1]) / (values[i] - values[i - 1])
-            return times[i - 1] + part * (times[i] - times[i - 1])
-    return times[0]
-
-
 def times_of(count: int) -> tuple[float, ...]:
     """`count` times 0, 1/count, ...: the paper's 0, .01, ... .99 for 100."""
     return tuple(i / count for i in range(count))
 
 
-def measure_cosines(
+@dataclass(frozen=True)
+class Paths:
+    """What was measured along the paths of P pairs, float64.
+
+    Attributes:
+        cosines: of u* and x1 - x0.
+        ess: effective number of images at x_t.
+    """
+
+    cosines: Float[Tensor, "P T"]
+    ess: Float[Tensor, "P T"]
+
+
+def measure_paths(
     field: EmpiricalVelocity,
     *,
     times: Sequence[float],
@@ -117,8 +125,8 @@ def measure_cosines(
     key: Mapping[str, Any],
     name: str,
     progress: bool = False,
-) -> Float[Tensor, "P T"]:
-    """The cosine of each pair at each time, float64; a block of pairs is a part.
+) -> Paths:
+    """Every pair at each time; a block of pairs is a part.
 
     Args:
         field: u*; x1 is drawn from its images.
@@ -131,68 +139,69 @@ def measure_cosines(
         progress: show a bar.
     """
     block = max(1, min(_MOST_PAIRS, pairs, _BLOCK_BYTES // (4 * math.prod(field.shape))))
-    rows: list[list[float]] = []
-    with tqdm(total=pairs, desc=f"cosines, {name}", unit="pair", disable=not progress) as bar:
-        for start in range(0, pairs, block):
-            stop = min(start + block, pairs)
-            whole = dict(key) | {"times": list(times), "pairs": [start, stop], "of": pairs, "seed": seed}
-            found = parts.get(
-                f"{name}-{start:05d}",
-                whole,
-                lambda start=start, stop=stop: {  # type: ignore[misc]
-                    "cosines": _block(field, times, pairs, seed, slice(start, stop))
-                },
-            )
-            rows += found["cosines"]
-            bar.update(stop - start)
-    return torch.tensor(rows, dtype=torch.float64)
+    blocks = [slice(start, min(start + block, pairs)) for start in range(0, pairs, block)]
+    found = []
+    with tqdm(total=pairs, desc=f"pairs, {name}", unit="pair", disable=not progress) as bar:
+        for rows in blocks:
+            some = {"times": list(times), "pairs": [rows.start, rows.stop], "of": pairs, "seed": seed}
+            measure = partial(_block, field, times, pairs, seed, rows)
+            found.append(parts.get(f"{name}-{rows.start:05d}", dict(key) | some, measure))
+            bar.update(rows.stop - rows.start)
+    cosines, ess = (
+        torch.cat([torch.tensor(part[what], dtype=torch.float64) for part in found])
+        for what in ("cosines", "ess")
+    )
+    return Paths(cosines, ess)
 
 
 def _block(
     field: EmpiricalVelocity, times: Sequence[float], pairs: int, seed: int, rows: slice
-) -> list[list[float]]:
+) -> dict[str, Any]:
     x0, x1, _ = draw_pairs(field.store, pairs, seed=seed, rows=rows)
-    cosines = cosines_over_time(field, x0.to(field.device), x1.to(field.device), times)
-    return [[round(value, _DIGITS) for value in row] for row in cosines.tolist()]
+    found = along_paths(field, x0.to(field.device), x1.to(field.device), times)
+    return {
+        "cosines": [[round(value, _DIGITS) for value in row] for row in found.cosines.tolist()],
+        "ess": [[float(f"{value:.{_DIGITS}g}") for value in row] for row in found.ess.tolist()],
+    }
 
 
-def cosines_over_time(
+def along_paths(
     field: EmpiricalVelocity,
-    x0: Float[Tensor, "P *shape"],
-    x1: Float[Tensor, "P *shape"],
+    x0: Float[Tensor, "P C H W"],
+    x1: Float[Tensor, "P C H W"],
     times: Sequence[float],
-) -> Float[Tensor, "P T"]:
-    """cos(u*(x_t, t), x1 - x0) of each pair at each of ascending `times`, float64 on the CPU."""
+) -> Paths:
+    """The pairs (x0, x1) at each of ascending `times`, on the CPU."""
     cosines = torch.ones(len(x0), len(times), dtype=torch.float64)
+    ess = torch.ones_like(cosines)
     left = torch.arange(len(x0), device=x0.device)
     for column, t in enumerate(times):
         if not len(left):
             break
         ends = x1[left]
-        x = interpolate(x0[left], ends, t)
-        estimate = field.estimate(x, t)
-        cosines[left.cpu(), column] = pair_errors(estimate.velocity, ends - x0[left]).cosine.cpu()
+        estimate = field.estimate(interpolate(x0[left], ends, t), t)
+        rows = left.cpu()
+        cosines[rows, column] = pair_errors(estimate.velocity, ends - x0[left]).cosine.cpu()
+        ess[rows, column] = estimate.ess.double().cpu()
         left = left[~_settled(estimate, ends)]
-    return cosines
+    return Paths(cosines, ess)
 
 
-def _settled(estimate: Estimate, x1: Float[Tensor, "P *shape"]) -> Bool[Tensor, " P"]:
+def _settled(estimate: Estimate, x1: Float[Tensor, "P C H W"]) -> Bool[Tensor, " P"]:
     """Whether the whole mass is on x1 (or on a copy of it)."""
     away = (estimate.mean - x1).abs().flatten(1).amax(1)
     return (estimate.ess <= 1 + _ONE_IMAGE) & (away <= _SAME)
 
 
-def summary(
-    cosines: Float[Tensor, "P T"], times: Sequence[float], *, name: str, shape: Sequence[int]
-) -> Alignment:
+def summary(paths: Paths, times: Sequence[float], *, name: str, shape: Sequence[int]) -> Alignment:
     """Histogram, share above 0.9 and percentiles at each time."""
-    pairs = len(cosines)
+    cosines, pairs = paths.cosines, len(paths.cosines)
     # The last bin takes 1 itself; rounding may put a cosine at 1 + 2e-16.
     bins = ((cosines.clamp(-1, 1) + 1) * (BINS / 2)).long().clamp_max(BINS - 1)
     above = (cosines > ALIGNED).sum(0).tolist()
     intervals = [wilson_interval(count, pairs) for count in above]
     count, channels, height, width = shape
-    p10, median, p90 = (cosines.quantile(q, 0).tolist() for q in (0.1, 0.5, 0.9))
+    p10, median, p90 = (tuple(cosines.quantile(q, 0).tolist()) for q in (0.1, 0.5, 0.9))
     return Alignment(
         name=name,
         shape=(count, channels, height, width),
@@ -201,8 +210,9 @@ def summary(
         share=tuple(n / pairs for n in above),
         low=tuple(low for low, _ in intervals),
         high=tuple(high for _, high in intervals),
-        p10=tuple(p10),
-        median=tuple(median),
-        p90=tuple(p90),
+        p10=p10,
+        median=median,
+        p90=p90,
+        ess=tuple(paths.ess.quantile(0.5, 0).tolist()),
         pairs=pairs,
     )

@@ -4,12 +4,12 @@ The paper's first figure. A cosine of 1 says that the regression target has no n
 conditional velocity. In the plane that is so only late, for images from early on.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from nnflow.config import knob
 from nnflow.figures import alignment
-from nnflow.figures.alignment import Alignment, measure_cosines, summary, times_of
+from nnflow.figures.alignment import Alignment, measure_paths, summary, times_of
 from nnflow.figures.drawn.cosines import draw
 from nnflow.figures.experiment import Document, Experiment, Settings, facts
 from nnflow.figures.inputs import Inputs
@@ -39,17 +39,7 @@ class Cosines:
 
     def to_dict(self) -> dict[str, Any]:
         """Both, with the times at which they are aligned."""
-        return {name: plain(getattr(self, name)) for name in ("plane", "images")}
-
-
-def plain(found: Alignment) -> dict[str, Any]:
-    """An alignment with what follows from it, for JSON."""
-    return {
-        **asdict(found),
-        "aligned_from": found.aligned_from,
-        "crossing": found.crossing,
-        "width": found.width,
-    }
+        return {"plane": self.plane.to_dict(), "images": self.images.to_dict()}
 
 
 def measure(settings: CosineSettings, inputs: Inputs, parts: Parts) -> Cosines:
@@ -64,7 +54,7 @@ def measure(settings: CosineSettings, inputs: Inputs, parts: Parts) -> Cosines:
     }
     found = {}
     for name, (velocity, key, called) in sets.items():
-        cosines = measure_cosines(
+        paths = measure_paths(
             velocity,
             times=times,
             pairs=settings.pairs,
@@ -74,7 +64,7 @@ def measure(settings: CosineSettings, inputs: Inputs, parts: Parts) -> Cosines:
             name=name,
             progress=inputs.progress,
         )
-        found[name] = summary(cosines, times, name=called, shape=velocity.store.shape)
+        found[name] = summary(paths, times, name=called, shape=velocity.store.shape)
     return Cosines(plane=found["plane"], images=found["images"])
 
 
@@ -118,4 +108,5 @@ EXPERIMENT = Experiment(
     measure=measure,
     draw=draw,
     caption=caption,
+    version=2,
 )

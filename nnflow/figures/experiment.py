@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from nnflow.calibration import EXACT
 from nnflow.config import checked
 from nnflow.errors import InputError, StoreError
 from nnflow.figures.inputs import Inputs
@@ -128,6 +129,7 @@ class Experiment:
         measure: (settings, inputs, parts) -> results.
         draw: (document, folder) -> the files written there, NAME.png first, others NAME-*.
         caption: what the picture shows, in sentences that state n, d, seeds and iterations.
+        tolerant: whether it takes u* within `Inputs.tolerance`; else it is exact whatever is asked.
         version: raised when `measure` changes what it measures: parts of others are then not taken.
     """
 
@@ -142,6 +144,7 @@ class Experiment:
     draw: Callable[[Document, Path], list[Path]]
     caption: Callable[[Document], str]
     version: int = 1
+    tolerant: bool = True
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -182,7 +185,7 @@ class Experiment:
                     "torch": torch.__version__,
                     "machine": machine(inputs.where),
                     "command": command,
-                    "field": inputs.field_name,
+                    "field": inputs.field_name if self.tolerant else EXACT,
                     "seconds": round(parts.seconds, 1),
                     "inputs": inputs.facts(),
                 },

@@ -1,6 +1,12 @@
 """All experiments, in the order of the paper's story."""
 
-from nnflow.figures import cosines
+from nnflow.figures import cosines, dimension
 from nnflow.figures.experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {made.name: made for made in (cosines.EXPERIMENT,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    made.name: made
+    for made in (
+        cosines.EXPERIMENT,
+        dimension.EXPERIMENT,
+    )
+}
