@@ -166,8 +166,8 @@ EXPERIMENT = Experiment(
     title="The higher the dimension, the earlier the target is deterministic",
     about="Share of cosines above 0.9 against t for the images at several sizes, and the predicted collapse.",
     claim=(
-        "On Imagenette at 8, 16, ... 256 pixels the share of cosines above 0.9 rises earlier and more steeply "
-        "the higher the dimension."
+        "On Imagenette at 8, 16, ... 256 pixels the share of cosines above 0.9 rises earlier and more "
+        "steeply the higher the dimension."
     ),
     settings=DimensionSettings,
     needs=(),
