@@ -86,7 +86,7 @@ class Sheet:
         """`count` colours from dark to light for things in an order, in any print and to any eye."""
         from matplotlib import colormaps
 
-        return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+        return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
 
     def heat(
         self,
@@ -214,6 +214,25 @@ class Sheet:
         from matplotlib.font_manager import findfont, get_font
 
         return bool(get_font(findfont(FONT)).get_char_index(ord(character)))
+
+
+def save_film(pages: Sequence[np.ndarray], path: Path, *, milliseconds: int, last: int) -> None:
+    """Writes `pages`, uint8 (h, w, 3) of one size, as an endless GIF.
+
+    Args:
+        pages: in order, at least one.
+        path: of the GIF.
+        milliseconds: each page is shown, in steps of 10.
+        last: milliseconds of the last one.
+    """
+    # One palette for all: of its own, each page would flicker.
+    palette = Image.fromarray(pages[-1]).quantize(128, dither=Image.Dither.NONE)
+    frames = [Image.fromarray(page).quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    with disk_errors(path.parent, "creating"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [milliseconds] * (len(frames) - 1) + [last]
+    with whole_file(path) as partial:
+        frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _typeset(text: str) -> str:

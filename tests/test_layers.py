@@ -21,7 +21,8 @@ config unet checkpoint diary trainer training
 sampling metrics evaluation sheet plots curves
 figures figures.parts figures.inputs figures.experiment figures.pictures figures.points figures.alignment
 figures.sizes figures.spectra figures.drawn figures.drawn.cosines figures.drawn.dimension
-figures.cosines figures.dimension figures.registry report
+figures.walk figures.drawn.trajectories figures.drawn.plane
+figures.plane figures.cosines figures.dimension figures.trajectories figures.registry report
 cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli.figures cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line

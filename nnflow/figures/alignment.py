@@ -24,6 +24,7 @@ from nnflow.evaluation import draw_pairs
 from nnflow.figures.parts import Parts
 from nnflow.metrics import pair_errors, wilson_interval
 from nnflow.path import interpolate
+from nnflow.sampling import is_one_image
 from nnflow.velocity import EmpiricalVelocity, Estimate
 
 ALIGNED = 0.9  # the cosine above which the paper calls a pair aligned
@@ -32,8 +33,7 @@ BINS = 50  # of cosines in [-1, 1]
 _DIGITS = 7  # of a cosine in JSON
 _BLOCK_BYTES = 1 << 26  # of the float32 images of one block of pairs ...
 _MOST_PAIRS = 128  # ... and pairs of one part: a kill costs no more than these
-# All but this of the mass on one image, whose mean is then x1 to 3e-4 grey levels (as in sampling).
-_ONE_IMAGE, _SAME = 2e-6, 1e-5
+_SAME = 1e-5  # of a mean and x1, where one image holds all but 1e-6 of the mass (sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ def along_paths(
 def _settled(estimate: Estimate, x1: Float[Tensor, "P C H W"]) -> Bool[Tensor, " P"]:
     """Whether the whole mass is on x1 (or on a copy of it)."""
     away = (estimate.mean - x1).abs().flatten(1).amax(1)
-    return (estimate.ess <= 1 + _ONE_IMAGE) & (away <= _SAME)
+    return is_one_image(estimate) & (away <= _SAME)
 
 
 def summary(paths: Paths, times: Sequence[float], *, name: str, shape: Sequence[int]) -> Alignment:

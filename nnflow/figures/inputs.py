@@ -115,9 +115,9 @@ class Inputs:
             )
         return learned
 
-    def field(self, *, flip: bool = False) -> EmpiricalVelocity:
-        """u* of the index, exact or within the tolerance asked for."""
-        if self.tolerance is None:
+    def field(self, *, flip: bool = False, exact: bool = False) -> EmpiricalVelocity:
+        """u* of the index: within the tolerance asked for, or exact where none was or `exact` says so."""
+        if self.tolerance is None or exact:
             return EmpiricalVelocity.exact(self.store, flip=flip, memory=self.memory, device=self.where)
         return EmpiricalVelocity.near_and_far(
             self.opened, tolerance=self.tolerance, flip=flip, memory=self.memory, device=self.where

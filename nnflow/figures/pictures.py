@@ -39,8 +39,8 @@ def from_text(texts: Sequence[str]) -> Float[Tensor, "S C H W"]:
     for text in texts:
         try:
             with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-                array = np.asarray(image)
+                array = np.array(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise StoreError("an image in the results is damaged; measure the figure again") from error
-        images.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()))
+        images.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))
     return to_float(torch.stack(images))

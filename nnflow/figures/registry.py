@@ -1,12 +1,14 @@
 """All experiments, in the order of the paper's story."""
 
-from nnflow.figures import cosines, dimension
+from nnflow.figures import cosines, dimension, plane, trajectories
 from nnflow.figures.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     made.name: made
     for made in (
+        plane.EXPERIMENT,
         cosines.EXPERIMENT,
         dimension.EXPERIMENT,
+        trajectories.EXPERIMENT,
     )
 }

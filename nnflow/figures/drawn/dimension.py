@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nnflow.figures.experiment import Document, save_both
-from nnflow.sheet import BLACK, BLUE, ORANGE, SMALL, Sheet
+from nnflow.sheet import BLACK, BLUE, ORANGE, Sheet
 
 _TIME = "time t (0 = noise, 1 = data)"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -15,16 +15,14 @@ def draw(document: Document, folder: Path) -> list[Path]:
     """Writes dimension.png and dimension.pdf."""
     results, settings = document.results, document.settings
     sheet = Sheet(1900, 960)
-    left, right = sheet.axes(0.07, 0.115, 0.5, 0.645), sheet.axes(0.66, 0.115, 0.315, 0.645)
+    left, right = sheet.axes(0.07, 0.115, 0.5, 0.65), sheet.axes(0.66, 0.115, 0.315, 0.65)
     _draw_shares(sheet, left, results["sizes"])
     _draw_times(sheet, right, results["sizes"])
     sheet.title(
         "The higher the dimension, the earlier u* is one image",
         f"n = {results['count']:,} images, {settings['pairs']:,} pairs of noise and image at each size "
-        f"(seed {settings['seed']})",
+        f"(seed {settings['seed']}); sizes: {results['resampling']}",
     )
-    note = f"sizes: {results['resampling']}"
-    sheet.text(note, sheet.width / 2, 132, SMALL, width=sheet.width - 40)
     return save_both(sheet, folder, "dimension")
 
 
@@ -70,6 +68,8 @@ def _draw_times(sheet: Sheet, axes: Any, sizes: list[dict[str, Any]]) -> None:
             label=label,
         )
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks([_dim(found) for found in sizes], [f"{_dim(found):,}" for found in sizes])
     axes.set_ylim(0, None)
     sheet.label(axes, "dimension d (values of one image)", "time t")
     sheet.key(axes, columns=1)
