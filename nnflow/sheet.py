@@ -225,8 +225,9 @@ def save_film(pages: Sequence[np.ndarray], path: Path, *, milliseconds: int, las
         milliseconds: each page is shown, in steps of 10.
         last: milliseconds of the last one.
     """
-    # One palette for all: of its own, each page would flicker.
-    palette = Image.fromarray(pages[-1]).quantize(128, dither=Image.Dither.NONE)
+    # One palette, of a few pages: with one of its own, each page would flicker.
+    some = np.concatenate(pages[:: max(1, len(pages) // 4)])
+    palette = Image.fromarray(some).quantize(256, dither=Image.Dither.NONE)
     frames = [Image.fromarray(page).quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     with disk_errors(path.parent, "creating"):
         path.parent.mkdir(parents=True, exist_ok=True)

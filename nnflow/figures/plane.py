@@ -277,12 +277,12 @@ def caption(document: Document) -> str:
     counts = ", ".join(f"{found['name']} n = {len(found['points'])}" for found in sets)
     times = ", ".join(f"{t:g}" for t in settings["times"])
     return (
-        f"Point sets in the plane, d = 2 ({counts}; seed {settings['seed']}). First picture: straight paths from "
-        f"noise to points, u* at t = {settings['arrows_at']:g} over p_t, and {settings['trajectories']} "
-        f"trajectories of {settings['steps']} Euler steps. Second: where the conditional velocities that pass "
-        f"through (x, t) disagree, at t = {times} (0: they agree, the target is not stochastic; 1: they cancel), "
-        "with the velocities of the points, as wide as their weights, at the place of most and of least "
-        f"disagreement. {facts(document)}"
+        f"Point sets in the plane, d = 2 ({counts}; seed {settings['seed']}). First picture: straight paths "
+        f"from noise to points, u* at t = {settings['arrows_at']:g} over p_t, and {settings['trajectories']} "
+        f"trajectories of {settings['steps']} Euler steps. Second: where the conditional velocities that "
+        f"pass through (x, t) disagree, at t = {times} (0: they agree, the target is not stochastic; 1: they "
+        "cancel), with lines towards the points, as wide as their weights, at the places of most and of "
+        f"least disagreement. {facts(document)}"
     )
 
 
@@ -291,8 +291,8 @@ EXPERIMENT = Experiment(
     title="What stochastic and not stochastic look like",
     about="Paths, u*, weights and trajectories of point sets in the plane, and a film of p_t.",
     claim=(
-        "Conditional velocities cross where several data points are likely, and u* averages them; where one point "
-        "holds all the weight, the target is deterministic."
+        "Conditional velocities cross where several data points are likely, and u* averages them; where one "
+        "point holds all the weight, the target is deterministic."
     ),
     settings=PlaneSettings,
     needs=(),

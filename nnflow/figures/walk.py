@@ -57,7 +57,7 @@ def walk(
             estimate = field.estimate(x[left], t, None if label is None else label[left])
             mean[left], ess[left] = estimate.mean, estimate.ess
             left = left[~is_one_image(estimate)]
-        yield State(t, x.cpu(), mean.cpu().clone(), ess.cpu().clone(), going)  # both are written to again
+        yield State(t, x.cpu(), mean.cpu().clone(), ess.cpu().clone(), going)
         x = x + velocity_from_mean(mean, x, t) / steps
 
 

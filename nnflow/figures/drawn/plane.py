@@ -65,7 +65,7 @@ class _Panels:
         """Within a panel, at its upper left."""
         axes.text(
             0.03, 0.97, text, transform=axes.transAxes, va="top", fontproperties=self.sheet.font(SMALL),
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2},
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2}, zorder=9,
         )  # fmt: skip
 
 
@@ -108,9 +108,7 @@ def _overview(document: Document) -> Sheet:
         _draw_paths(panels, panels.axes(row, 0), found)
         _draw_field(panels, panels.axes(row, 1), found, settings["arrows_at"])
         _draw_trajectories(panels.axes(row, 2), found)
-    about = (
-        f"x0 ~ N(0, I), {settings['trajectories']} seeds, {settings['steps']} Euler steps; orange: the points"
-    )
+    about = f"x0 ~ N(0, I), {settings['trajectories']} seeds, {settings['steps']} Euler steps; orange: points"
     panels.sheet.title("Flow matching onto points of the plane", about)
     return panels.sheet
 
