@@ -96,7 +96,7 @@ class Sheet:
         values: Sequence[Sequence[float]],
         *,
         colours: str,
-        top: float,
+        top: Number,
     ) -> Any:
         """A map of `values` (rows along y) from 0 to `top`, shaded by their square roots; for `colour_bar`.
 

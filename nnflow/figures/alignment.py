@@ -29,6 +29,7 @@ from nnflow.velocity import EmpiricalVelocity, Estimate
 
 ALIGNED = 0.9  # the cosine above which the paper calls a pair aligned
 COLLAPSED = 2.0  # effective images below which u* is more than half one image
+RISE = (0.7, 0.95)  # shares between which a curve's rise is timed: on photographs all begin below the first
 BINS = 50  # of cosines in [-1, 1]
 _DIGITS = 7  # of a cosine in JSON
 _BLOCK_BYTES = 1 << 26  # of the float32 images of one block of pairs ...
@@ -78,12 +79,19 @@ class Alignment:
         """The first time from which on u* is less than two images for half of the pairs; None where never."""
         return first_lasting([ess < COLLAPSED for ess in self.ess], self.times)
 
+    @property
+    def rise(self) -> float | None:
+        """Time that the share takes from 70 to 95 %, for the last time; None where it does not reach that."""
+        start, end = (crossed(self.share, self.times, level) for level in RISE)
+        return None if start is None or end is None else end - start
+
     def to_dict(self) -> dict[str, Any]:
-        """All of it, and the two times."""
+        """All of it, and what follows from it."""
         return {
             **asdict(self),
             "aligned_from": self.aligned_from,
             "collapsed_from": self.collapsed_from,
+            "rise": self.rise,
         }
 
 
@@ -95,6 +103,17 @@ def first_lasting(holds: Sequence[bool], times: Sequence[float]) -> float | None
             break
         found = t
     return found
+
+
+def crossed(values: Sequence[float], times: Sequence[float], level: float) -> float | None:
+    """Where `values` come to exceed `level` for good, linear between times; None where they do not."""
+    if values[-1] < level:
+        return None
+    for i in range(len(values) - 1, 0, -1):
+        if values[i - 1] < level:
+            part = (level - values[i - 1]) / (values[i] - values[i - 1])
+            return times[i - 1] + part * (times[i] - times[i - 1])
+    return times[0]
 
 
 def times_of(count: int) -> tuple[float, ...]:

@@ -149,12 +149,17 @@ def _in_words(found: dict[str, Any]) -> str:
     dim = _values(found["shape"])
     return (
         f"{found['size']} pixels (d = {dim:,}): 90 % aligned {_from(found['aligned_from'])}, half of the "
-        f"pairs collapsed {_from(found['collapsed_from'])}, predicted t = {found['predicted']:.3f}."
+        f"pairs collapsed {_from(found['collapsed_from'])}, predicted t = {found['predicted']:.3f}, "
+        f"rise from 70 to 95 % {_rise(found['rise'])}."
     )
 
 
 def _values(shape: Sequence[int]) -> int:
     return shape[1] * shape[2] * shape[3]
+
+
+def _rise(time: float | None) -> str:
+    return "not seen" if time is None else f"within {time:.3f}"
 
 
 def _from(when: float | None) -> str:

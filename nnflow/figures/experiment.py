@@ -48,11 +48,11 @@ class Settings:
         Raises:
             InputError: an unknown setting, or a value of another type or outside its range.
         """
-        known = [knob.name for knob in fields(cls)]
+        known = {knob.name: knob for knob in fields(cls)}
         unknown = sorted(shown(name) for name in values if name not in known)
         if unknown:
             raise InputError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**values)
+        return cls(**{name: checked(known[name], value) for name, value in values.items()})
 
     def to_json(self) -> dict[str, Any]:
         """All of them, as JSON values."""

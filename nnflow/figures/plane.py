@@ -155,9 +155,8 @@ def _measured(
     arrows = grid_of(_ARROWS)
     velocity = field(as_images(arrows).to(field.device), settings.arrows_at).cpu().flatten(1)
     draw_paths = torch.Generator().manual_seed(settings.seed)
-    ends = places(field.store)[
-        torch.randint(len(field.store), (settings.trajectories,), generator=draw_paths)
-    ]
+    ids = torch.randint(len(field.store), (settings.trajectories,), generator=draw_paths)
+    ends = places(field.store)[ids]
     noise = noise_of(range(settings.trajectories), SHAPE)
     return PointSet(
         name=name,
