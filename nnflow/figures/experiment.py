@@ -20,7 +20,7 @@ from nnflow.calibration import EXACT
 from nnflow.config import checked
 from nnflow.errors import InputError, StoreError
 from nnflow.figures.inputs import Inputs
-from nnflow.figures.parts import Parts
+from nnflow.figures.parts import Parts, plain
 from nnflow.files import folder_lock, read_json, shown, write_json
 from nnflow.sheet import Sheet
 
@@ -178,7 +178,7 @@ class Experiment:
             document = Document(
                 name=self.name,
                 settings=settings.to_json(),
-                results=results.to_dict(),
+                results=plain(results.to_dict()),  # as a later --redraw has them
                 missing=tuple(results.missing),
                 provenance={
                     "nnflow": version("nnflow"),

@@ -57,7 +57,7 @@ class Parts:
             self.reused += 1
         else:
             start = time.perf_counter()
-            value = _plain(dict(measure()))
+            value = plain(dict(measure()))
             kept = {"key": whole, "seconds": round(time.perf_counter() - start, 3), "value": value}
             with disk_errors(self.folder, "creating"):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,11 @@ class Parts:
         return self.folder / f"{name}-{_digest(self._whole(name, key))}"
 
     def _whole(self, name: str, key: Mapping[str, Any]) -> dict[str, Any]:
-        whole: dict[str, Any] = _plain({"part": name, **self._about, **key})
+        whole: dict[str, Any] = plain({"part": name, **self._about, **key})
         return whole
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON gives it back: tuples are lists, keys are text; NaN and infinity are refused."""
     return json.loads(json.dumps(value, allow_nan=False))
 

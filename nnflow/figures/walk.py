@@ -113,7 +113,8 @@ def leading(
 
 def _nearest(store: ImageStore, x: Tensor, images: slice, *, flip: bool, memory: int) -> Tensor:
     pixels = store.pixels[images]
-    part = replace(store, pixels=pixels, shape=(len(pixels), *store.shape[1:]))
+    shape = (len(pixels), *store.shape[1:])
+    part = replace(store, pixels=pixels, labels=store.labels[images], shape=shape)
     near = nearest_images(part, x, 1, memory=memory)
     ids, distances = near.ids[:, 0] + images.start, near.distances[:, 0]
     if flip:
