@@ -1,6 +1,8 @@
 """What all experiments share: settings, parts that survive a kill, inputs missed in words, the commands."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from PIL import Image
 from refusals import refused
 from stores import store_of
 
-from nnflow.cli import main
+from nnflow.cli import cli, main
 from nnflow.config import knob, resolve
 from nnflow.errors import BusyError, InputError, StoreError
 from nnflow.figures import alignment
@@ -95,6 +98,21 @@ def test_settings_are_read_from_text_and_checked() -> None:
     ):
         with refused(InputError, said):
             Some.of(values)
+
+
+def test_a_script_reproduces_each() -> None:
+    for name in ("plane", "cosines", "dimension", "trajectories"):
+        script = Path(__file__).parent.parent / "scripts" / f"reproduce_{name}"
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", script], check=True)
+        (line,) = [line for line in script.read_text().splitlines() if line.startswith("exec ")]
+        words = shlex.split(line.replace("${@:2}", "").replace("${@:3}", ""))
+        place = words.index("figures")
+        arguments = [word for word in words[place + 2 :] if word]
+        assert words[place + 1] == name
+        command = cli.commands["figures"]
+        assert isinstance(command, click.Group)
+        assert command.commands[name].make_context(name, arguments).params["out"]
 
 
 # ---------------------------------------------------------------------- parts

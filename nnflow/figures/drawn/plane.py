@@ -88,7 +88,7 @@ def _heat(axes: Any, values: np.ndarray, reach: float, colours: str) -> Any:
     )
 
 
-def _dots(axes: Any, points: list[list[float]], size: float = 18) -> None:
+def _dots(axes: Any, points: list[list[float]], size: int = 18) -> None:
     x, y = zip(*points, strict=True)
     axes.scatter(x, y, s=size, color=ORANGE, edgecolors="white", linewidths=0.6, zorder=5)
 
