@@ -50,7 +50,7 @@ def write_report(folder: Path, experiments: Mapping[str, Experiment]) -> Path:
         experiments: all there are, in the order of the page.
 
     Raises:
-        StoreError: no such folder, a result or a picture that cannot be read, or a disk that refuses.
+        StoreError: no such folder, or a disk that refuses.
     """
     if not folder.is_dir():
         raise StoreError(f"{shown(folder)}: no such folder; wanted the --out of nnflow figures")
@@ -101,12 +101,16 @@ def _state(folder: Path, made: Experiment) -> str:
 
 def _section(folder: Path, made: Experiment) -> str:
     path = folder / f"{made.name}.json"
-    document = Document.open(path) if path.exists() else None
     head = f"<h2>{escape(made.title)}</h2>\n" + f'<p class="claim">{escape(made.claim)}</p>'
+    why = "Not made yet"
+    try:
+        document = Document.open(path) if path.exists() else None
+        body = "" if document is None else _figure(folder, made, document)
+    except StoreError as error:
+        document, why = None, f"Its results cannot be shown ({error}). Made again by"
     if document is None:
-        body = f"<p>Not made yet: <code>{escape(made.command(folder))}</code></p>"
+        body = f"<p>{escape(why)}: <code>{escape(made.command(folder))}</code></p>"
         return f'<section id="{escape(made.name)}" class="missing">\n{head}\n{body}\n</section>'
-    body = _figure(folder, made, document)
     lost = "".join(f"<li>{escape(line)}</li>" for line in document.missing)
     told = f"<p>Not measured:</p><ul>{lost}</ul>" if lost else ""
     return f'<section id="{escape(made.name)}">\n{head}\n{body}\n{told}\n{_table(document)}\n</section>'
@@ -114,7 +118,7 @@ def _section(folder: Path, made: Experiment) -> str:
 
 def _figure(folder: Path, made: Experiment, document: Document) -> str:
     pictures = pictures_of(folder, made.name)
-    caption = f"<figcaption>{escape(made.caption(document))}</figcaption>"
+    caption = f"<figcaption>{escape(made.words(document))}</figcaption>"
     if not pictures:
         again = escape(f"nnflow figures {made.name} --redraw --out {shown(folder)}")
         return f"<p>Measured, but its picture is gone: <code>{again}</code></p>{caption}"

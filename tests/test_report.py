@@ -127,9 +127,22 @@ def test_the_same_folder_gives_the_same_bytes(folder: Path) -> None:
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     with refused(StoreError, "no such folder"):
         write_report(tmp_path / "no", SOME)
-    (folder / "cosines.json").write_text("{}")
-    with refused(StoreError, "not the results of a figure"):
-        write_report(folder, SOME)
+
+
+def test_results_that_cannot_be_shown_are_told_in_their_place(folder: Path) -> None:
+    """Of another version: no such format, or without what the picture needs; the others are shown."""
+    document = Document.open(folder / "cosines.json")
+    replace(document, name="plane").save(folder)
+    for text in ('{"format": "other"}', "not even JSON", None):
+        if text is not None:
+            (folder / "cosines.json").write_text(text)
+        else:
+            replace(document, settings={}).save(folder)  # no "tail" for the caption
+        page = Page(write_report(folder, SOME).read_text(encoding="utf-8"))
+        assert [section.get("class") for section in page.all("section")] == ["missing"] * 3
+        assert sum("Its results cannot be shown" in line for line in page.text["p"]) == 2
+    with refused(StoreError, "cosines.json: results of another version.*KeyError: 'tail'"):
+        SOME["cosines"].words(replace(document, settings={}))
 
 
 def test_the_command(

@@ -115,9 +115,9 @@ def _made(experiment: Experiment, settings: Any, inputs: Inputs) -> Document:
 
 
 def _draw(experiment: Experiment, document: Document, out: Path) -> None:
-    for path in experiment.draw(document, out):
+    for path in experiment.pictures(document, out):
         click.echo(shown(path))
-    click.echo(experiment.caption(document))
+    click.echo(experiment.words(document))
 
 
 @click.command("all")

@@ -5,10 +5,11 @@
 Drawing reads the JSON and nothing else: a picture can be made anew without measuring.
 """
 
+import contextlib
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from nnflow.calibration import EXACT
 from nnflow.config import checked
-from nnflow.errors import InputError, StoreError
+from nnflow.errors import InputError, NNFlowError, StoreError
 from nnflow.figures.inputs import Inputs
 from nnflow.figures.parts import Parts, plain
 from nnflow.files import folder_lock, read_json, shown, write_json
@@ -151,6 +152,24 @@ class Experiment:
         """All that it can be given."""
         return (*self.needs, *self.takes)
 
+    def pictures(self, document: Document, folder: Path) -> list[Path]:
+        """Draws `document` into `folder`; the files written, NAME.png first.
+
+        Raises:
+            StoreError: results that are not those of this version's `measure`.
+        """
+        with _readable(document):
+            return self.draw(document, folder)
+
+    def words(self, document: Document) -> str:
+        """The caption of `document`.
+
+        Raises:
+            StoreError: results that are not those of this version's `measure`.
+        """
+        with _readable(document):
+            return self.caption(document)
+
     def command(self, out: Path | str) -> str:
         """The shortest command that makes it."""
         names = {"index": "OUT", "run": "RUN", "held_out": "HELD", "source": "SOURCE"}
@@ -192,6 +211,20 @@ class Experiment:
             )
             document.save(inputs.out)
         return document
+
+
+@contextlib.contextmanager
+def _readable(document: Document) -> Iterator[None]:
+    """Turns what is missing or odd in results into one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, NNFlowError):
+            raise
+        raise StoreError(
+            f"{document.name}.json: results of another version, or damaged ({type(error).__name__}: "
+            f"{shown(error)}); repeat the command that made it, which measures nothing twice"
+        ) from error
 
 
 def machine(device: torch.device) -> dict[str, Any]:
