@@ -278,9 +278,9 @@ def caption(document: Document) -> str:
     return (
         f"Point sets in the plane, d = 2 ({counts}; seed {settings['seed']}). First picture: straight paths "
         f"from noise to points, u* at t = {settings['arrows_at']:g} over p_t, and {settings['trajectories']} "
-        f"trajectories of {settings['steps']} Euler steps. Second: where the conditional velocities that "
-        f"pass through (x, t) disagree, at t = {times} (0: they agree, the target is not stochastic; 1: they "
-        "cancel), with lines towards the points, as wide as their weights, at the places of most and of "
+        f"trajectories of {settings['steps']} Euler steps. Film: p_t. Last: where the conditional velocities "
+        f"that pass through (x, t) disagree, at t = {times} (0: they agree, the target is not stochastic; 1: "
+        "they cancel), with lines towards the points, as wide as their weights, at the places of most and of "
         f"least disagreement. {facts(document)}"
     )
 
