@@ -93,6 +93,23 @@ def test_what_has_settled_is_what_the_field_says(tmp_path: Path) -> None:
         torch.testing.assert_close(found.cosines[:, column], wanted, rtol=0, atol=3e-6)
 
 
+def test_mass_on_another_image_is_not_settled(tmp_path: Path) -> None:
+    """A path that crosses another image's: all of the mass is on that one, for a while."""
+    store = store_of(pixels_of(4), tmp_path)
+    field, images = EmpiricalVelocity.exact(store), store.images(torch.arange(4))
+    x1, other = images[:1], images[1:2]
+    x0 = 4 * (other - x1)  # at t = .8 the path is at .8 times the other image
+    times = (0.8, 0.82, 0.95)
+    found = along_paths(field, x0, x1, times)
+    for column, t in enumerate(times):
+        x = ((1 - t) * x0 + t * x1).flatten(1)
+        velocity = velocity_from_score(images.flatten(1), x, torch.tensor([t]))
+        wanted = torch.nn.functional.cosine_similarity(velocity, (x1 - x0).flatten(1).double(), dim=1)
+        assert found.cosines[0, column].item() == pytest.approx(wanted.item(), abs=3e-6)
+    assert found.ess[0].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
+    assert found.cosines[0, 1] < 0.99 < found.cosines[0, 2]
+
+
 def test_pairs_do_not_depend_on_the_blocks(tmp_path: Path) -> None:
     store = store_of(pixels_of(9), tmp_path)
     x0, x1, ids = draw_pairs(store, 7, seed=5, rows=slice(0, 7))
