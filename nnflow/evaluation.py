@@ -326,23 +326,16 @@ class _Comparison:
         bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(_image_shape(images))
         rows = rows_within(self.memory, bytes_per_pair, at_most=self.pairs, what="pairs")
         for start in range(0, self.pairs, rows):
-            some = slice(start, start + rows)
-            x0, x1, ids = draw_pairs(images, self.pairs, seed=self.seed, rows=some)
+            x0, x1, ids = draw_pairs(images, self.pairs, seed=self.seed, rows=slice(start, start + rows))
             yield x0.to(self.device), x1.to(self.device), ids
 
 
 def draw_pairs(
     images: ImageStore | Tensor, pairs: int, *, seed: int, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some of `pairs` pairs: noise x0, images x1 drawn with replacement, and the ids of these.
+    """Pairs `rows` of all `pairs` of `seed`: noise x0, images x1 drawn with replacement, the ids of these.
 
-    Each pair has a generator of its own, so that it does not depend on which others are asked for.
-
-    Args:
-        images: what x1 is drawn from.
-        pairs: how many there are.
-        seed: of them all.
-        rows: which of them.
+    Each pair has a generator of its own: it does not depend on which others are asked for.
     """
     draw = torch.Generator().manual_seed(seed)
     noise_seeds = torch.randint(2**62, (pairs,), generator=draw)[rows].tolist()

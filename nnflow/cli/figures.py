@@ -23,7 +23,8 @@ def figures() -> None:
     """Repeat the experiments of arXiv 2506.03719 on your own images.
 
     Each writes NAME.json, then NAME.png and NAME.pdf drawn from it, into --out. Stopped, the same command
-    goes on; with other settings it measures what these change.
+    goes on; with other settings it measures what these change. What is measured is kept in --out/parts, which
+    may be removed once the figures are done.
     """
 
 
