@@ -184,6 +184,9 @@ def test_leading_images_among_mirrored_ones_and_within_a_class(tmp_path: Path) -
     gaps = torch.cdist(x.flatten(1), images.flatten(1))
     gaps[:3, :4] = gaps[3:, 4:] = torch.inf
     assert torch.equal(found, gaps.argmin(1))
+    *_, last = walk(EmpiricalVelocity.exact(store), noise_of(range(5), store.shape[1:]), 50, label)
+    ends = torch.cdist(last.mean.flatten(1), images.flatten(1)).argmin(1)
+    assert (ends >= 4).tolist() == [True, True, True, False, False]  # each within its class
     state.going[:] = False  # those of the step before are kept
     assert leading(store, state, torch.arange(5), memory=1 << 24).tolist() == [0, 1, 2, 3, 4]
 

@@ -49,6 +49,7 @@ def walk(
     x = noise.to(field.device)
     mean, ess = torch.zeros_like(x), torch.ones(len(x), device=x.device)
     left = torch.arange(len(x), device=x.device)
+    label = None if label is None else label.to(x.device)
     for step in range(steps):
         t = step / steps
         going = torch.zeros(len(x), dtype=torch.bool)

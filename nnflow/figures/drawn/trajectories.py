@@ -35,7 +35,7 @@ def _curves(document: Document) -> Sheet:
     sheet = Sheet(640 * len(panels) + 40, 860)
     width = 1 / len(panels)
     for number, panel in enumerate(panels):
-        axes = sheet.axes(width * (number + 0.19), 0.125, width * 0.76, 0.63)
+        axes = sheet.axes(width * (number + 0.19), 0.125, width * 0.76, 0.61)
         panel(sheet, axes, results)
         axes.set_xlim(0, 1)
         sheet.key(axes, columns=1)
