@@ -56,6 +56,8 @@ def test_point_sets_are_where_they_belong(name: str) -> None:
         upper = circles[::2].norm(dim=1)  # about the origin, the other about (1, .5)
         lower = (circles[1::2] - torch.tensor([1.0, 0.5])).norm(dim=1)
         assert (torch.cat([upper, lower]) - 1).abs().max() < 5 * 0.05 + 2 * slack
+        assert upper.mean().item() == pytest.approx(1, abs=0.03)
+        assert lower.mean().item() == pytest.approx(1, abs=0.03)
 
 
 def test_no_such_set() -> None:
