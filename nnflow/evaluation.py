@@ -322,7 +322,7 @@ class _Comparison:
         return summarise(self.times, [_joined(part) for part in parts])
 
     def _pairs(self, images: ImageStore | Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of (x0, x1, ids of x1) on the device."""
+        """Blocks of (x0, x1, ids) on the device."""
         bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(_image_shape(images))
         rows = rows_within(self.memory, bytes_per_pair, at_most=self.pairs, what="pairs")
         for start in range(0, self.pairs, rows):
@@ -333,10 +333,7 @@ class _Comparison:
 def draw_pairs(
     images: ImageStore | Tensor, pairs: int, *, seed: int, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs `rows` of all `pairs` of `seed`: noise x0, images x1 drawn with replacement, the ids of these.
-
-    Each pair has a generator of its own: it does not depend on which others are asked for.
-    """
+    """Pairs `rows` of all `pairs` of `seed`, the same whichever rows are asked for: x0, x1, ids of x1."""
     draw = torch.Generator().manual_seed(seed)
     noise_seeds = torch.randint(2**62, (pairs,), generator=draw)[rows].tolist()
     ids = torch.randint(len(images), (pairs,), generator=draw)[rows]
