@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnflow.errors import InputError
+from nnflow.imageset import ImageSet, check_images, image_shape, take
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.metrics import (
     DistanceHistogram,
@@ -106,7 +107,7 @@ def evaluate(
     store: ImageStore,
     *,
     samples: Tensor | None = None,
-    held_out: ImageStore | Tensor | None = None,
+    held_out: ImageSet | None = None,
     learned: Field | None = None,
     field: Field | None = None,
     times: Sequence[float] = TIMES,
@@ -142,12 +143,12 @@ def evaluate(
     """
     if samples is None and held_out is None and learned is None:
         raise InputError("nothing to evaluate: pass samples, held-out images or a learned velocity")
-    shape = _image_shape(store)
+    shape = image_shape(store)
     sets = {"samples": samples, "held-out images": held_out}
     for what, images in sets.items():
         if images is not None:
             need_two(len(store))
-            _check_images(images, what, shape)
+            check_images(images, what, shape)
     errors: dict[str, VelocityError] = {}
     if learned is not None:
         _check_times(times, pairs)
@@ -179,11 +180,6 @@ def evaluate(
     )
 
 
-def _image_shape(images: ImageStore | Tensor) -> tuple[int, int, int]:
-    _, channels, height, width = images.shape
-    return int(channels), int(height), int(width)
-
-
 def _check_times(times: Sequence[float], pairs: int) -> None:
     if pairs < 1:
         raise InputError(f"pairs {pairs}: wanted at least one")
@@ -194,33 +190,9 @@ def _check_times(times: Sequence[float], pairs: int) -> None:
         raise InputError(f"time {wrong[0]:g}: wanted times in [0, 1); u* has no value at t = 1")
 
 
-def _check_images(images: ImageStore | Tensor, what: str, wanted: tuple[int, int, int]) -> None:
-    """Refuses what cannot be compared with images of shape `wanted`."""
-    if isinstance(images, Tensor) and (images.ndim != 4 or not images.is_floating_point()):
-        raise InputError(
-            f"{what} of shape {tuple(images.shape)} and {images.dtype}: "
-            "wanted float images (S, C, H, W) in [-1, 1]"
-        )
-    if len(images) == 0:
-        raise InputError(f"no {what}: pass at least one image, or none at all")
-    if _image_shape(images) != wanted:
-        raise InputError(
-            f"{what} are {_image_shape(images)} (C, H, W) and the training images {wanted}: "
-            "index or sample them at the same size and colours"
-        )
-    if isinstance(images, Tensor) and not bool(images.isfinite().all()):
-        row = int((~images.isfinite()).flatten(1).any(1).nonzero()[0, 0])
-        raise InputError(f"{what}: image {row} holds NaN or infinity; wanted numbers in [-1, 1]")
-
-
-def _take(images: ImageStore | Tensor, ids: Tensor) -> Tensor:
-    """float32 (B, C, H, W) of the images named."""
-    return images[ids].float().cpu() if isinstance(images, Tensor) else images.images(ids)
-
-
 def _nearness(
     store: ImageStore,
-    sets: dict[str, ImageStore | Tensor | None],
+    sets: dict[str, ImageSet | None],
     *,
     memory: int,
     progress: bool,
@@ -243,17 +215,17 @@ def _nearness(
 
 
 def _two_nearest(
-    store: ImageStore, images: ImageStore | Tensor, what: str, *, memory: int, progress: bool
+    store: ImageStore, images: ImageSet, what: str, *, memory: int, progress: bool
 ) -> tuple[Tensor, int]:
     """Distances (S, 2) of `images` to the two nearest of `store`, and how many are copies."""
     # Half for the images and their neighbours (float32, three of each alive), half for the scan.
-    one = 4 * math.prod(_image_shape(store))
+    one = 4 * math.prod(image_shape(store))
     rows = rows_within(memory, 3 * one, at_most=len(images), what=what, share=2)
     distances, copies = [], 0
     with tqdm(total=len(images), desc=f"nearest of {what}", unit="img", disable=not progress) as bar:
         for start in range(0, len(images), rows):
             ids = torch.arange(start, min(start + rows, len(images)))
-            block = _take(images, ids)
+            block = take(images, ids)
             near = nearest_images(store, block, 2, memory=memory // 2)
             distances.append(near.distances.cpu())
             # In bytes: codecs that round differently in the last bit of a float write equal pixels.
@@ -264,8 +236,8 @@ def _two_nearest(
 
 
 def _paths(
-    store: ImageStore, held_out: ImageStore | Tensor | None, *, conditional: bool
-) -> list[tuple[str, ImageStore | Tensor, Tensor | None]]:
+    store: ImageStore, held_out: ImageSet | None, *, conditional: bool
+) -> list[tuple[str, ImageSet, Tensor | None]]:
     """Where the paths end: a name, images, and their labels where these are asked for."""
     ends = {"training images": store, "held-out images": held_out}
     return [
@@ -275,7 +247,7 @@ def _paths(
     ]
 
 
-def _labels(images: ImageStore | Tensor, store: ImageStore) -> Tensor:
+def _labels(images: ImageSet, store: ImageStore) -> Tensor:
     """Labels of `images` in the numbering of `store`."""
     if isinstance(images, Tensor) or not images.classes:
         raise InputError(
@@ -304,7 +276,7 @@ class _Comparison:
     progress: bool
 
     @torch.no_grad()
-    def error(self, images: ImageStore | Tensor, labels: Tensor | None, what: str) -> VelocityError:
+    def error(self, images: ImageSet, labels: Tensor | None, what: str) -> VelocityError:
         """Errors over all times on the paths from `pairs` noises to as many of `images`."""
         parts: list[list[PairErrors]] = [[] for _ in self.times]
         total = self.pairs * len(self.times)
@@ -321,18 +293,18 @@ class _Comparison:
                     bar.update(len(x))
         return summarise(self.times, [_joined(part) for part in parts])
 
-    def _pairs(self, images: ImageStore | Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _pairs(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks of (x0, x1, ids of x1), each pair from a generator of its own."""
         draw = torch.Generator().manual_seed(self.seed)
         noise_seeds = torch.randint(2**62, (self.pairs,), generator=draw).tolist()
         ids = torch.randint(len(images), (self.pairs,), generator=draw)
-        shape = _image_shape(images)
+        shape = image_shape(images)
         bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(shape)
         rows = rows_within(self.memory, bytes_per_pair, at_most=self.pairs, what="pairs")
         for start in range(0, self.pairs, rows):
             x0 = noise_of(noise_seeds[start : start + rows], shape)
             block = ids[start : start + rows]
-            yield x0.to(self.device), _take(images, block).to(self.device), block
+            yield x0.to(self.device), take(images, block).to(self.device), block
 
 
 def _joined(parts: Sequence[PairErrors]) -> PairErrors:

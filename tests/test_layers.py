@@ -18,8 +18,10 @@ sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
 nearfield scan residual ladder products farfield calibration velocity calibrating settling targets
 config unet checkpoint diary trainer training
-sampling metrics evaluation sheet plots curves
-cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
+sampling metrics
+imageset features classifier classifying frechet mmd manifold quality
+evaluation sheet plots curves
+cli.options cli.calibrate cli.index cli.train cli.sample cli.classifier cli.evaluate cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line
 
@@ -30,7 +32,7 @@ ONLY = {
     "diffusers": {"unet"},
     "accelerate": {"training"},
     "torchdiffeq": {"sampling"},
-    "safetensors": {"embedding", "unfinished", "unet", "checkpoint"},
+    "safetensors": {"embedding", "unfinished", "unet", "checkpoint", "classifying"},
     "pyarrow": {"sources.parquet"},
     "click": {name for name in ORDER if name.startswith("cli")},
 }
