@@ -6,7 +6,8 @@ The network is compared with u* on the path it was trained on,
 
 with x1 a training image, and, when given, with x1 a held-out image as well: at a training image's
 x_t the two agree or the network has not learned; at a held-out one, u* points to training images
-all the same, and a network that generalises does not.
+all the same, and a network that generalises does not. How good the samples look is told in features
+(`quality`): Frechet distance, KID, precision and recall.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnflow.errors import InputError
+from nnflow.features import FeatureExtractor
 from nnflow.imageset import ImageSet, check_images, image_shape, take
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.metrics import (
@@ -35,6 +37,7 @@ from nnflow.metrics import (
     summarise,
 )
 from nnflow.path import interpolate
+from nnflow.quality import ImageQuality, image_quality
 from nnflow.sampling import noise_of
 from nnflow.scan import nearest_images
 from nnflow.store import ImageStore, to_uint8
@@ -78,8 +81,9 @@ class Evaluation:
         held_out: the same figures of held-out images, the null.
         error: of the network against u* on the paths to training images.
         held_out_error: the same on the paths to held-out images, from the same noise.
-        seed: of the noise and of the choice of images behind both errors.
+        seed: of the noise and of the choice of images behind both errors, and of every draw in `quality`.
         sample_seeds: of the samples, as far as the caller knows them.
+        quality: samples, held-out and training images against each other, for each extractor.
     """
 
     n: int
@@ -91,6 +95,7 @@ class Evaluation:
     held_out_error: VelocityError | None
     seed: int
     sample_seeds: tuple[int, ...]
+    quality: tuple[ImageQuality, ...] = ()
 
     @property
     def d(self) -> int:
@@ -114,6 +119,7 @@ def evaluate(
     pairs: int = 256,
     seed: int = 0,
     sample_seeds: Sequence[int] = (),
+    extractors: Sequence[FeatureExtractor] = (),
     conditional: bool = False,
     device: torch.device | str | None = None,
     memory: int = DEFAULT_BUDGET,
@@ -132,6 +138,7 @@ def evaluate(
         pairs: pairs of noise and image, the same ones at every time.
         seed: of these pairs, which do not depend on `memory`.
         sample_seeds: of `samples`, to be kept beside the figures.
+        extractors: features in which samples and held-out images are compared with the training images.
         conditional: whether both velocities take the label of x1 as a third argument.
         device: where `learned` and `field` live; by default where the field says it does.
         memory: bytes to work in, beside those of the two velocities' own making.
@@ -139,7 +146,7 @@ def evaluate(
 
     Raises:
         InputError: nothing to measure, images of another shape, NaN, times outside [0, 1), fewer
-            than two stored images, or labels asked for where there are none.
+            than two stored images, labels asked for where there are none, or features of no images.
     """
     if samples is None and held_out is None and learned is None:
         raise InputError("nothing to evaluate: pass samples, held-out images or a learned velocity")
@@ -149,6 +156,12 @@ def evaluate(
         if images is not None:
             need_two(len(store))
             check_images(images, what, shape)
+    quality = tuple(
+        image_quality(
+            extractor, store, samples=samples, held_out=held_out, seed=seed, memory=memory, progress=progress
+        )
+        for extractor in extractors
+    )
     errors: dict[str, VelocityError] = {}
     if learned is not None:
         _check_times(times, pairs)
@@ -177,6 +190,7 @@ def evaluate(
         held_out_error=errors.get("held-out images"),
         seed=seed,
         sample_seeds=tuple(int(s) for s in sample_seeds),
+        quality=quality,
     )
 
 

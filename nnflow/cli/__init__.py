@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from nnflow.cli.calibrate import calibrate
+from nnflow.cli.classifier import classifier
 from nnflow.cli.evaluate import evaluate
 from nnflow.cli.index import index, info
 from nnflow.cli.sample import sample
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (index, info, calibrate, train, sample, evaluate):
+for command in (index, info, calibrate, train, sample, classifier, evaluate):
     cli.add_command(command)
 
 
