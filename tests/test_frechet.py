@@ -81,6 +81,15 @@ def test_fewer_images_than_features():
     assert across.covariance_part == pytest.approx(2 * float(one.covariance.trace()), rel=1e-12)
 
 
+def test_a_full_covariance_against_one_of_rank_three():
+    """S1 = 4 I: tr (S1 S2)^(1/2) = 2 (3 + 2 + 1), exactly, though 197 of 200 roots are of zeros."""
+    turn = torch.linalg.qr(normal(200, 200, seed=8)).Q[:, :3]
+    thin = given(torch.zeros(200), turn @ torch.diag(torch.tensor([9.0, 4.0, 1.0]).double()) @ turn.T)
+    full = given(torch.zeros(200), 4 * torch.eye(200))
+    for found in (frechet_distance(full, thin), frechet_distance(thin, full)):
+        assert found.value == pytest.approx(800 + 14 - 2 * 12, rel=1e-11)
+
+
 def test_turned_shifted_and_stretched():
     turn = torch.linalg.qr(normal(12, 12, seed=5)).Q
     one, other = normal(40, 12, seed=6), normal(50, 12, seed=7) @ torch.diag(torch.arange(12.0).double())
