@@ -2,7 +2,7 @@
 
 How an image becomes a velocity, module by module: `sources` and `decode` read it, `ingest` and `store` keep
 it, `embedding` and `index` find it, `nearfield` and `scan` weigh it; where that is too dear, `coordinates`
-and `residual` stand for it, in the `ladder` that `calibration` chose for `farfield`; `velocity` answers.
+and `residual` stand for it, in the `ladder` of `farfield` that `calibration` chose; `velocity` answers.
 `targets`, `training`, `sampling` and `evaluation` are what the answer is for.
 """
 

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, name_of, support_of
+from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, in_turn, name_of, ways_of
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
+from nnflow.planned import settled, support_of
 from nnflow.store import ImageStore
 from nnflow.support import Support
 
@@ -33,8 +34,11 @@ LADDERS = (
 )
 # Besides, what the index finds by itself where it need not compare all images.
 SEARCHES = ("index/8", "index/32", "index/100")
+# Asked first of all queries of a time, with a dearer way for those they do not settle.
+FIRSTS = ("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "index/8", "index/32")
 # Measured at every time: one ladder that serves two stretches saves a batch a call.
-_ALWAYS = {"64/30", "512/100", "128/100 alone", "512/100 alone"}
+_ALWAYS = {"64/30", "512/100", "128/100 alone", "512/100 alone", *FIRSTS}
+_LEAST_SETTLED = 0.05  # share of the queries for which asking a first way may be worth its price
 # Times are measured at these, and at these multiples of the estimated collapse time, around which
 # the error of most ladders is largest.
 _TIMES = (
@@ -61,8 +65,7 @@ _COLLAPSE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 1.85)
 _LAST = 0.99
 _TOLERANCES = (0.05, 0.01, 0.003, 0.001)  # for which there is to be a ladder, also between two times
 _FINEST = min(_TOLERANCES)  # below which no dearer ladder is looked for
-_HOPELESS = 0.1  # median error of a few queries above which the rest are not asked
-_FEW = 32
+_HOPELESS = 0.1  # median error of the first batch above which the rest are not asked
 _BATCH = 64  # queries asked and timed together
 _HELD_OUT = 4  # one held-out query for every four held in
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
@@ -77,6 +80,39 @@ class _Asked:
     mean: Float[Tensor, "q D"]
     size: Float[Tensor, " q"]
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """One way's answers: relative velocity errors, those of the mean in units of |mean - x|.
+
+    Attributes:
+        errors: of each query.
+        settled: which need not be asked again, were another way to follow.
+        seconds: per query, beside those of the call.
+    """
+
+    errors: Float[Tensor, " q"]
+    settled: Bool[Tensor, " q"]
+    seconds: float
+
+    @classmethod
+    def exactly(cls, asked: _Asked, call: float) -> "_Answered":
+        """The exact field's own."""
+        none = torch.zeros_like(asked.size)
+        return cls(none, none.bool(), max(0.0, asked.seconds - call / _BATCH))
+
+    def and_more(self, other: "_Answered") -> "_Answered":
+        """With the answers to other queries, asked when this way was warm: their seconds count."""
+        return _Answered(
+            torch.cat([self.errors, other.errors]), torch.cat([self.settled, other.settled]), other.seconds
+        )
+
+    def then(self, other: "_Answered") -> "_Answered":
+        """With `other` for those queries that this way has not settled."""
+        share = 1 - self.settled.float().mean().item()
+        errors = torch.where(self.settled, self.errors, other.errors)
+        return _Answered(errors, self.settled | other.settled, self.seconds + share * other.seconds)
 
 
 class _Bench:
@@ -105,23 +141,31 @@ class _Bench:
     def ask(self, t: float, count: int, *, held_in: bool) -> _Asked:
         """Queries and the exact answers."""
         x, times = self.queries(t, count, held_in=held_in)
-        mean, seconds = self.answer(self.exact, x, times)
+        mean, _, seconds = self.answer(self.exact, x, times)
         return _Asked(x, times, mean, (mean - x).norm(dim=1), seconds)
 
-    def errors(self, way: Support, asked: _Asked, rows: slice) -> tuple[Float[Tensor, " q"], float]:
-        """Relative velocity errors, those of the mean in units of |mean - x|; seconds per query."""
-        mean, seconds = self.answer(way, asked.x[rows], asked.t[rows])
-        return (mean - asked.mean[rows]).norm(dim=1) / asked.size[rows], seconds
+    def answered(self, way: Support, asked: _Asked, call: float, rows: slice = slice(None)) -> _Answered:
+        """What a way, of which a call takes so many seconds, makes of some of the queries."""
+        mean, single, seconds = self.answer(way, asked.x[rows], asked.t[rows])
+        errors = (mean - asked.mean[rows]).norm(dim=1) / asked.size[rows]
+        return _Answered(errors, single, max(0.0, seconds - call / _BATCH))
 
-    def answer(self, way: Support, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "q D"], float]:
-        """Means at some queries, in batches, and the median whole batch's seconds per query."""
-        means, seconds = [], []
+    def answer(
+        self, way: Support, x: Tensor, t: Tensor
+    ) -> tuple[Float[Tensor, "q D"], Bool[Tensor, " q"], float]:
+        """Means at some queries, in batches; which of them have settled; seconds per query.
+
+        The seconds are those of the median whole batch.
+        """
+        means, single, seconds = [], [], []
         for some, times in zip(x.split(_BATCH), t.split(_BATCH), strict=True):
             began = time.perf_counter()
-            means.append(way.part(some, times, self.images).weighted.mean)
+            part = way.part(some, times, self.images)
             if len(some) == min(_BATCH, len(x)):  # the last few of many cost more each
                 seconds.append((time.perf_counter() - began) / len(some))
-        return torch.cat(means), statistics.median(seconds)
+            means.append(part.weighted.mean)
+            single.append(settled(part))
+        return torch.cat(means), torch.cat(single), statistics.median(seconds)
 
 
 def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
@@ -204,24 +248,40 @@ def _at(
 
     Those in `again` are measured in any case, for a ladder must meet a tolerance at two times in a row.
     """
-    inside = bench.ask(t, count, held_in=True)
-    outside = bench.ask(t, max(2, count // _HELD_OUT), held_in=False)
-    none = Quantiles(0.0, 0.0, 0.0, 0.0, count)
-    beside = Quantiles(0.0, 0.0, 0.0, 0.0, len(outside.t))
-    found = [Entry(t, EXACT, max(0.0, inside.seconds - calls[EXACT] / _BATCH), none, beside)]
+    sets = [
+        bench.ask(t, count, held_in=True),
+        bench.ask(t, max(2, count // _HELD_OUT), held_in=False),
+    ]
+    answers = {EXACT: [_Answered.exactly(asked, calls[EXACT]) for asked in sets]}
     met = False
     for name in order:
         if met and name not in again | _ALWAYS:
             continue
         way = bench.ways[name]
-        few, _ = bench.errors(way, inside, slice(0, _FEW))
-        if few.median() > _HOPELESS:
+        inside = bench.answered(way, sets[0], calls[name], slice(0, _BATCH))
+        if inside.errors.median() > _HOPELESS:
             continue
-        errors, seconds = bench.errors(way, inside, slice(None))
-        held_in = Quantiles.of(errors)
-        held_out = Quantiles.of(bench.errors(way, outside, slice(None))[0])
-        found.append(Entry(t, name, max(0.0, seconds - calls[name] / _BATCH), held_in, held_out))
-        met = met or held_in.upper <= _FINEST
+        if count > _BATCH:
+            inside = inside.and_more(bench.answered(way, sets[0], calls[name], slice(_BATCH, None)))
+        answers[name] = [inside, bench.answered(way, sets[1], calls[name])]
+        met = met or Quantiles.of(answers[name][0].errors).upper <= _FINEST
+    return [
+        Entry(t, name, inside.seconds, Quantiles.of(inside.errors), Quantiles.of(outside.errors))
+        for name, (inside, outside) in (answers | _in_turn(answers)).items()
+    ]
+
+
+def _in_turn(answers: Mapping[str, list[_Answered]]) -> dict[str, list[_Answered]]:
+    """A cheap way, and a dearer one for what it has not settled: from the answers of each."""
+    found = {}
+    for first in [name for name in answers if name in FIRSTS]:
+        if answers[first][0].settled.float().mean() < _LEAST_SETTLED:
+            continue
+        for name in [name for name in answers if name not in FIRSTS]:
+            both = [one.then(other) for one, other in zip(answers[first], answers[name], strict=True)]
+            saves = both[0].seconds < answers[name][0].seconds
+            if saves and Quantiles.of(both[0].errors).upper <= max(_TOLERANCES):
+                found[in_turn(first, name)] = both
     return found
 
 
@@ -231,23 +291,23 @@ def _costs(bench: _Bench, t: float) -> tuple[dict[str, float], dict[str, float]]
     ways = bench.ways | {EXACT: bench.exact}
     # In turn, so that each call finds the caches as the one of another ladder has left them; the first
     # round takes memory and reads files, and is no measure.
-    rounds = [{name: bench.answer(way, x[:2], times[:2])[1] for name, way in ways.items()} for _ in range(4)]
+    rounds = [{name: bench.answer(way, x[:2], times[:2])[2] for name, way in ways.items()} for _ in range(4)]
     costs, calls = {}, {}
     for name, way in ways.items():
         few = statistics.median(turn[name] for turn in rounds[1:])
-        costs[name] = bench.answer(way, x, times)[1]
+        costs[name] = bench.answer(way, x, times)[2]
         # T(q) = call + q m, from T(2) and T(64)
         calls[name] = max(0.0, 2 * _BATCH * (few - costs[name]) / (_BATCH - 2))
     return costs, calls
 
 
 def _cheapest(entries: Sequence[Entry]) -> set[str]:
-    """The cheapest ladder that meets each of some tolerances."""
-    found = set()
+    """The ways of the cheapest ladder that meets each of some tolerances."""
+    found: set[str] = set()
     for tolerance in _TOLERANCES:
         fit = [entry for entry in entries if entry.ladder != EXACT and entry.held_in.upper <= tolerance]
         if fit:
-            found.add(min(fit, key=lambda entry: entry.seconds).ladder)
+            found.update(ways_of(min(fit, key=lambda entry: entry.seconds).ladder))
     return found
 
 

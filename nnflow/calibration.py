@@ -6,33 +6,39 @@ the path from noise to data, not a bound for every query.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nnflow.errors import InputError, StoreError
-from nnflow.farfield import NearAndFar
 from nnflow.files import read_json, shown, write_json
 from nnflow.index import NeighbourIndex
-from nnflow.ladder import Ladder
-from nnflow.nearfield import NearestImages
-from nnflow.pixels import PixelRows
-from nnflow.scan import AllImages
-from nnflow.support import Part, Support
 
 FORMAT = "nnflow-calibration-1"
 FILE = "calibration.json"
 EXACT = "exact"
+_ELSE = " else "
 
 _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
 BATCH = 128  # queries at uniform times whose cost a plan makes small: a usual training batch
+
+
+def ways_of(ladder: str) -> tuple[str, ...]:
+    """The ways a query may be summed under this name, in turn: of "64/32 alone else 512/100" there are two.
+
+    The second takes those queries that the first has not settled (`planned`).
+    """
+    return tuple(ladder.split(_ELSE))
+
+
+def in_turn(first: str, then: str) -> str:
+    """The name of `first`, and `then` for those it does not settle."""
+    return f"{first}{_ELSE}{then}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Calibration:
 
     def call(self, ladders: Iterable[str]) -> float:
         """Seconds per query of a batch that is divided among `ladders`, beside those of its queries."""
-        return sum(self.calls.get(name, 0.0) for name in set(ladders)) / BATCH
+        return _called(ladders, self.calls) / BATCH
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON."""
@@ -183,28 +189,39 @@ class Calibration:
         return cls(entries, values["index"], calls, dict(values.get("about", {})))
 
 
-def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
-    """One of the names of each of `costs`, of small sum with the `calls` of all names used.
+def _called(ladders: Iterable[str], calls: Mapping[str, float]) -> float:
+    """Seconds of calling each way that these ladders take once."""
+    return sum(calls.get(way, 0.0) for way in {way for name in ladders for way in ways_of(name)})
 
-    From the cheapest of each, names are given up one by one, for any other or for one that is used already,
+
+def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
+    """One of the names of each of `costs`, of small sum with the `calls` of all ways they take.
+
+    From the cheapest of each, ways are given up one by one, for any other or for one that is used already,
     while that makes the whole cheaper: the best of all divisions is one of many thousands, and this is at
     most a few per cent from it.
     """
 
-    def cheapest(names: set[str]) -> tuple[tuple[str, ...], float]:
-        chosen = tuple(min((name for name in cost if name in names), key=cost.__getitem__) for cost in costs)
+    def cheapest(ways: set[str]) -> tuple[tuple[str, ...], float]:
+        chosen = tuple(
+            min((name for name in cost if ways.issuperset(ways_of(name))), key=cost.__getitem__)
+            for cost in costs
+        )
         whole = sum(cost[name] for cost, name in zip(costs, chosen, strict=True))
-        return chosen, whole + sum(calls.get(name, 0.0) for name in set(chosen))
+        return chosen, whole + _called(chosen, calls)
 
-    names = set().union(*costs)
-    best, least = cheapest(names)
+    def suffice(ways: set[str]) -> bool:
+        return all(any(ways.issuperset(ways_of(name)) for name in cost) for cost in costs)
+
+    ways = {way for cost in costs for name in cost for way in ways_of(name)}
+    best, least = cheapest(ways)
     while True:
-        fewer = [some - {name} for name in sorted(set(best)) for some in (names, set(best))]
-        fewer = [some for some in fewer if all(set(cost) & some for cost in costs)]
-        tried = [(*cheapest(some), some) for some in fewer]
+        used = {way for name in best for way in ways_of(name)}
+        fewer = [some - {way} for way in sorted(used) for some in (ways, used)]
+        tried = [(*cheapest(some), some) for some in fewer if suffice(some)]
         if not tried or min(whole for _, whole, _ in tried) >= least:
             return best
-        best, least, names = min(tried, key=lambda one: one[1])
+        best, least, ways = min(tried, key=lambda one: one[1])
 
 
 def _entry(value: dict[str, Any]) -> Entry:
@@ -233,59 +250,3 @@ class Plan:
     times: tuple[float, ...]
     ladders: tuple[str, ...]
     errors: tuple[float, ...]
-
-
-class Calibrated(Support):
-    """Each query by the ladder that a plan names for its time."""
-
-    def __init__(self, rows: PixelRows, plan: Plan, ways: Mapping[str, Support], *, budget: int) -> None:
-        super().__init__(rows, budget=budget)
-        self.plan, self.ways = plan, ways
-        self._edges = torch.tensor(plan.times, device=rows.device)
-
-    @classmethod
-    def within(cls, tolerance: float, index: NeighbourIndex, rows: PixelRows, *, budget: int) -> "Calibrated":
-        """The cheapest that the calibration of `index` allows.
-
-        Raises:
-            StoreError: the index has not been calibrated.
-        """
-        plan = Calibration.open(index).plan(tolerance)
-        ways = {name: support_of(name, index, rows, budget) for name in set(plan.ladders)}
-        return cls(rows, plan, ways, budget=budget)
-
-    def without_far(self) -> "Calibrated":
-        """The same images in pixels, and nothing of the others."""
-        ways = {name: way.without_far() for name, way in self.ways.items()}
-        return Calibrated(self.rows, self.plan, ways, budget=self.budget)
-
-    def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        """As any of the ways it takes."""
-        return next(iter(self.ways.values())).reach(mean)
-
-    def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
-        """The sum for queries `x` at times `t`, those of one ladder together."""
-        stretch = torch.bucketize(t, self._edges, right=True).tolist()
-        names = [self.plan.ladders[place] for place in stretch]
-        parts, rows = [], []
-        for name in dict.fromkeys(names):
-            mine = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-            parts.append(self.ways[name].part(x[mine], t[mine], images))
-            rows.append(mine)
-        joined = Part.joined(parts, rows)
-        errors = torch.tensor([self.plan.errors[place] for place in stretch], device=x.device)
-        exact = joined.errors == 0
-        return joined.with_errors(errors.double().masked_fill(exact, 0.0))
-
-
-def support_of(name: str, index: NeighbourIndex, rows: PixelRows, budget: int) -> Support:
-    """The way to sum that a calibration calls `name`: "exact", "index/32" or what a `Ladder` is called.
-
-    Raises:
-        InputError: no such name.
-    """
-    if name == EXACT:
-        return AllImages(rows, budget=budget)
-    if searched := re.fullmatch(r"index/(\d{1,6})", name):
-        return NearestImages(index, rows, k=int(searched[1]), budget=budget)
-    return NearAndFar(index, rows, ladder=Ladder.parse(name), budget=budget)

@@ -50,7 +50,8 @@ class Coordinates:
         self.embedding = embedding
         self.steps = _steps(embedding.peaks)
         self.edges = edges_of(rows.shape[1])
-        self._squares: dict[int, tuple[Tensor, float]] = {}
+        self._squares: dict[int, Tensor] = {}
+        self._widest: dict[tuple[int, int], float] = {}
         self._moved: dict[torch.device, Coordinates] = {}
 
     @property
@@ -75,22 +76,18 @@ class Coordinates:
         return 0.5 * self.steps[:rank].double().norm().item() * (1 + 1e-6)
 
     def squares(self, rank: int) -> Float[Tensor, " n"]:
-        """|z_i|^2 in the first `rank` coordinates."""
-        return self._sums(rank)[0]
-
-    def widest(self, rank: int) -> float:
-        """The largest sum of |bytes| of any image in its first `rank` coordinates."""
-        return self._sums(rank)[1]
-
-    def _sums(self, rank: int) -> tuple[Float[Tensor, " n"], float]:
-        """One pass over the coordinates, the first time they are asked for."""
+        """|z_i|^2 in the first `rank` coordinates; a pass over them the first time."""
         if rank not in self._squares:
-            squares, widest = [], 0.0
-            for block in self.rows[:, :rank].split(_BLOCK_ROWS):
-                squares.append(self.values(block).square_().sum(1))
-                widest = max(widest, block.float().abs_().sum(1).max().item())
-            self._squares[rank] = torch.cat(squares), widest
+            blocks = self.rows[:, :rank].split(_BLOCK_ROWS)
+            self._squares[rank] = torch.cat([self.values(block).square_().sum(1) for block in blocks])
         return self._squares[rank]
+
+    def widest(self, start: int, stop: int) -> float:
+        """The largest sum of |bytes| of any image in these coordinates; a pass over them the first time."""
+        if (start, stop) not in self._widest:
+            blocks = self.rows[:, start:stop].split(_BLOCK_ROWS)
+            self._widest[start, stop] = max(block.float().abs_().sum(1).max().item() for block in blocks)
+        return self._widest[start, stop]
 
     def values(self, rows: Tensor) -> Float[Tensor, "... r"]:
         """The coordinates that rows of bytes, or weighted means of such rows, stand for."""

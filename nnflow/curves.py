@@ -50,7 +50,8 @@ def calibration_curves(calibration: Calibration, path: Path | str, *, tolerance:
     about = f"{queries:,} queries on the paths to stored images at each of {len(plan.times)} times; "
     about += "taken where the upper end of the percentile (90 % confidence) meets the tolerance"
     sheet.title("Error of each ladder against the exact field u*, and the one taken", about)
-    names = "64/30: all images by 64 coordinates, the best 30 in pixels; alone: the others are left out"
+    names = "64/30: all images by 64 coordinates, the best 30 in pixels; alone: the others are left out; "
+    names += "else: what the first has not settled"
     sheet.text(names, sheet.width / 2, 132, SMALL, width=sheet.width - 40, colour=GREY)
     sheet.save(path)
 

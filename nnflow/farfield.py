@@ -15,7 +15,6 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from nnflow.index import NeighbourIndex
-from nnflow.integers import unit_of
 from nnflow.ladder import Ladder
 from nnflow.memory import rows_within
 from nnflow.nearfield import weigh
@@ -147,7 +146,7 @@ class NearAndFar(Support):
             picked = self.coordinates.rows[:, :rank].index_select(0, ids.flatten())
             rows, squares = picked.view(*ids.shape, rank), squares[ids]
         row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
-        scores = scores_of(row, fall, rows, squares, self._buffer)
+        scores = scores_of(row, fall, rows, squares, self._buffer, fine=self.ladder.far)
         best, places = scores.highest(min(keep, scores.values.shape[1]))
         return _Level(rank, rows, scores, best, places)
 
@@ -181,7 +180,7 @@ class NearAndFar(Support):
     def _log_tail(self, queries: _Queries, level: _Level) -> Float[Tensor, " B"]:
         """Bound on the log-mass of those left behind, each the largest that the best allow.
 
-        As eq. 8, without a bound for the coordinates beyond the first r. What the query's two digits and
+        As eq. 8, without a bound for the coordinates beyond the first r. What the query's digits and
         float32 round away is added; and no image is further from its bytes than `rounding`.
         """
         rank, last = level.rank, level.best[:, -1]
@@ -189,8 +188,9 @@ class NearAndFar(Support):
         time, reach = queries.t.double(), self._embedding.radius + self.coordinates.rounding(rank)
         noise = (1 - time).square()
         size = queries.y[:, :rank].double().norm(dim=1)
-        row, _ = self.coordinates.query(queries.y[:, :rank], queries.t)
-        slack = 0.5 * unit_of(row).double() * self.coordinates.widest(rank)
+        slack = torch.zeros_like(size)
+        for start, stop, unit in level.scores.units:
+            slack += 0.5 * unit.double() * self.coordinates.widest(start, stop)
         slack += 2**-20 * (time / noise * reach * (size + time * reach) + last.double().abs())
         nearest = (-2 * noise * (last.double() + slack) + size.square()).clamp_min(0).sqrt()
         nearest = (nearest - time * self.coordinates.rounding(rank)).clamp_min(0)

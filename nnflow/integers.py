@@ -54,9 +54,19 @@ def two_digits(values: Float[Tensor, "m k"]) -> tuple[Int8[Tensor, "2*m k"], Flo
     return torch.cat([high, whole.sub_(high, alpha=_LOW)]).to(torch.int8), unit
 
 
-def unit_of(values: Float[Tensor, "m k"]) -> Float[Tensor, " m"]:
-    """What the second digit of `two_digits` counts in: a 32,258th of the row's largest value."""
-    unit = values.abs().amax(1) / (LEVELS * _LOW)
+def one_digit(values: Float[Tensor, "m k"]) -> tuple[Int8[Tensor, "m k"], Float[Tensor, " m"]]:
+    """Rows as integers of one digit: values = unit digit, off by at most unit / 2.
+
+    Returns:
+        the digits, -127 ... 127; and the units, a 127th of each row's largest value.
+    """
+    unit = unit_of(values, digits=1)
+    return (values / unit[:, None]).round_().to(torch.int8), unit
+
+
+def unit_of(values: Float[Tensor, "m k"], *, digits: int = 2) -> Float[Tensor, " m"]:
+    """What the last of one or two digits counts in: a 127th, a 32,258th of the row's largest value."""
+    unit = values.abs().amax(1) / (LEVELS if digits == 1 else LEVELS * _LOW)
     return unit.where(unit > 0, 1.0)
 
 

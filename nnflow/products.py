@@ -4,14 +4,16 @@ All n images at once are taken in blocks whose logits stay in the cache of a cor
 them again, and land in a buffer that is kept: 96 queries and 1,000,000 images in 32 coordinates take 69 ms
 so, 145 ms into fresh memory (one core).
 
-Queries and weights enter as integers of two digits, so that each product is one of bytes (`integers`).
+Queries and weights enter as integers, so that each product is one of bytes (`integers`): of a query two
+digits for the first 64 coordinates and one for the others, of a weight one.
 
 Axes:  B queries   n images   K images of one query   r coordinates
 """
 
+import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +28,10 @@ _BLOCK = 1 << 19  # logits of a block: with them, and the integers they are made
 _LEAST_ROWS, _MOST_ROWS = 1 << 11, 1 << 14  # of a block; 2^14 products of bytes sum within int32
 FAINTEST = -115.0  # bits: 1e-35. From 2^-126 down weights are denormal, and products with them slow
 BITS = 1 / math.log(2)  # exp2 takes 0.19 ms for 1,600,000 values, exp 0.49
-_DIGIT = 7  # bits of each of a weight's two digits
-_FINEST = (1 << (2 * _DIGIT)) - 1
+_FINEST = integers.LEVELS  # steps of a weight
+HEAD = (
+    64  # coordinates for which a query has two digits: the others hold an eighth of the variance (CIFAR-10)
+)
 
 
 class Buffer(threading.local):
@@ -54,6 +58,7 @@ class Scores:
         first: the first of each group.
         step: how far the next of a group is.
         tail: places at the end that are in no group.
+        units: of which coordinates, from the first to before the second, the query counts in what.
     """
 
     values: Float[Tensor, "B n"]
@@ -61,6 +66,7 @@ class Scores:
     first: Int[Tensor, " g"]
     step: Int[Tensor, " g"]
     tail: Int[Tensor, " m"]
+    units: tuple[tuple[int, int, Tensor], ...]
 
     def log_bound(self, top: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Upper bound on the log of the sum of exp(values), were none above `top`; float64.
@@ -87,12 +93,59 @@ class Scores:
         return values, places.gather(1, order)
 
 
+@dataclass(frozen=True)
+class _Digits:
+    """Some coordinates of B queries as bytes: their digits one below the other, and what each counts in."""
+
+    start: int
+    stop: int
+    bytes: Int8[Tensor, "C k"]  # C = 2 B or B
+    units: tuple[Float[Tensor, "B 1"], ...]  # the last digit's last
+
+    @classmethod
+    def two(cls, row: Float[Tensor, "B r"], start: int, stop: int) -> "_Digits":
+        """Two digits of each coordinate."""
+        found, unit = integers.two_digits(row[:, start:stop])
+        return cls(start, stop, found, (2 * integers.LEVELS * unit[:, None], unit[:, None]))
+
+    @classmethod
+    def one(cls, row: Float[Tensor, "B r"], start: int, stop: int) -> "_Digits":
+        """One digit of each coordinate."""
+        found, unit = integers.one_digit(row[:, start:stop])
+        return cls(start, stop, found, (unit[:, None],))
+
+    @classmethod
+    def of(cls, row: Float[Tensor, "B r"], *, fine: bool) -> list["_Digits"]:
+        """What sums of exponentials need; less where no more is asked than which images come first."""
+        rank = row.shape[1]
+        if not fine:
+            return [cls.one(row, 0, rank)]
+        if rank < 2 * HEAD:  # a second product would not pay
+            return [cls.two(row, 0, rank)]
+        return [cls.two(row, 0, HEAD), cls.one(row, HEAD, rank)]
+
+
+def _products(digits: Sequence[_Digits], rows: Int8[Tensor, "m r"], into: Float[Tensor, "B m"]) -> None:
+    """Fills in the products of all queries with some images."""
+    first = True
+    for part in digits:
+        found = integers.product(part.bytes, rows[:, part.start : part.stop].T)
+        for unit, some in zip(part.units, found.split(len(into)), strict=True):
+            if first:
+                torch.mul(some, unit, out=into)
+            else:
+                into.addcmul_(some, unit)
+            first = False
+
+
 def scores_of(
     row: Float[Tensor, "B r"],
     fall: Float[Tensor, " B"],
     rows: Int8[Tensor, "..."],
     squares: Float[Tensor, "..."],
     buffer: Buffer,
+    *,
+    fine: bool = True,
 ) -> Scores:
     """Logits row . rows_i - fall squares_i.
 
@@ -102,29 +155,38 @@ def scores_of(
         rows: all images', (n, r), or each query's own, (B, K, r).
         squares: theirs, (n,) or (B, K).
         buffer: where the logits of all images go; those of the call before are lost.
+        fine: whether they are to be summed, or only to say which images come first.
     """
     none = torch.empty(0, dtype=torch.int64, device=row.device)
-    digits, unit = integers.two_digits(row)
-    high, low, fall = 2 * integers.LEVELS * unit[:, None], unit[:, None], fall[:, None]
     if rows.ndim == 3:
-        found = integers.own_products(digits.view(2, *row.shape).transpose(0, 1), rows)
-        values = (found[:, 0] * high).addcmul_(found[:, 1], low).addcmul_(squares, fall, value=-1)
-        return Scores(values, None, none, none, none)
-    count = len(rows)
+        values, unit = _own_scores(row, fall, rows, squares)
+        return Scores(values, None, none, none, none, ((0, row.shape[1], unit),))
+    count, fall = len(rows), fall[:, None]
+    digits = _Digits.of(row, fine=fine)
     values = buffer.take((len(row), count), row)
     maxima, first, step = [], [], []
     size = _block_rows(len(row))
     for start in range(0, count, size):
         stop = min(start + size, count)
-        found = integers.product(digits, rows[start:stop].T)
-        some = torch.mul(found[: len(row)], high, out=values[:, start:stop])
-        some.addcmul_(found[len(row) :], low).addcmul_(squares[start:stop], fall, value=-1)
+        some = values[:, start:stop]
+        _products(digits, rows[start:stop], some)
+        some.addcmul_(squares[start:stop], fall, value=-1)
         width = (stop - start) // _STRIDE
         maxima.append(some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width)).amax(1))
         first.append(torch.arange(start, start + width, device=row.device))
         step.append(torch.full_like(first[-1], width))
+    units = tuple((part.start, part.stop, part.units[-1][:, 0]) for part in digits)
     tail = torch.arange(count - count % _STRIDE, count, device=row.device)
-    return Scores(values, torch.cat(maxima, 1), torch.cat(first), torch.cat(step), tail)
+    return Scores(values, torch.cat(maxima, 1), torch.cat(first), torch.cat(step), tail, units)
+
+
+def _own_scores(row: Tensor, fall: Tensor, rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """As `scores_of`, of each query's own images, in two digits throughout; what the last counts in."""
+    digits, unit = integers.two_digits(row)
+    found = integers.own_products(digits.view(2, *row.shape).transpose(0, 1), rows)
+    high = 2 * integers.LEVELS * unit[:, None]
+    values = (found[:, 0] * high).addcmul_(found[:, 1], unit[:, None])
+    return values.addcmul_(squares, fall[:, None], value=-1), unit
 
 
 def masses(
@@ -151,12 +213,13 @@ def weighted(
 ) -> WeightedMean:
     """As `masses`, and the mean of the rows of all images, (n, r), or of each query's own, (B, K, r).
 
-    For the mean a weight is rounded to a whole number of 16,383rds of exp(top).
+    For the mean a weight is a whole number of 127ths of exp(top) (`_dithered`). What that adds to the mean
+    is noise, of a variance of at most 1 / (127 sum exp(scores - top)) of that of the images.
     """
     top = top[asked]
     mass, square, count = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
     total = torch.zeros(len(asked), rows.shape[-1], device=scores.device)
-    own = rows.ndim == 3
+    own, start = rows.ndim == 3, 0
     for some, block in zip(
         [scores[asked]] if own else _blocks(scores, asked),
         [rows[asked]] if own else rows.split(_block_rows(len(asked))),
@@ -165,16 +228,31 @@ def weighted(
         weights = _weights(some, top)
         mass += weights.sum(1)
         square += torch.linalg.vector_norm(weights, dim=1).square()
-        whole = weights.add_(0.5).to(torch.int16)
+        whole = _dithered(weights, start)
         count += whole.sum(1, dtype=torch.int32)
-        digits = torch.cat([whole >> _DIGIT, whole & ((1 << _DIGIT) - 1)]).to(torch.int8)
-        if own:
-            found = integers.own_sums(digits.view(2, *whole.shape).transpose(0, 1), block)
-            high, low = found.unbind(1)
-        else:
-            high, low = integers.product(digits, block).view(2, *total.shape)
-        total.add_(high, alpha=1 << _DIGIT).add_(low)
+        total += integers.own_sums(whole[:, None], block)[:, 0] if own else integers.product(whole, block)
+        start += weights.shape[1]
     return WeightedMean(*_logs(mass, square, top), total / count.clamp_min(1)[:, None])
+
+
+def _dithered(weights: Float[Tensor, "B m"], start: int) -> Int8[Tensor, "B m"]:
+    """Weights as whole numbers, up or down by their place from `start` on, right on average; overwrites them.
+
+    Rounded to the nearest, all weights below 1/2 would be lost, and half of the mass may be of such ones. A
+    place is an image's, whatever the block: a query's answer does not depend on those asked with it.
+    """
+    first = start % _MOST_ROWS
+    return weights.add_(_dither(weights.device)[first : first + weights.shape[1]]).to(torch.int8)
+
+
+@functools.cache
+def _dither(device: torch.device) -> Float[Tensor, " m"]:
+    """Multiples of the golden ratio, spread evenly over [0, 1), and the same again.
+
+    The largest is 1 - 7e-5: 127 and it is still 127, and only weights below 5e-7 of the largest are lost.
+    """
+    steps = torch.arange(1, _MOST_ROWS + 1, dtype=torch.float64, device=device)
+    return (steps * ((math.sqrt(5) - 1) / 2)).frac().float().repeat(2)
 
 
 def _block_rows(queries: int) -> int:
@@ -199,7 +277,7 @@ def _logs(mass: Tensor, square: Tensor, top: Tensor) -> tuple[Float[Tensor, " B"
 
 
 def _weights(scores: Float[Tensor, "B m"], top: Float[Tensor, " B"]) -> Float[Tensor, "B m"]:
-    """16,383 exp(scores - top), at least 1e-35; no more than 16,383, lest a digit overflow."""
+    """127 exp(scores - top), at least 1e-35; no more than 127, lest a byte overflow."""
     most = math.log2(_FINEST)
     offset = most - BITS * top[:, None]
     return torch.add(offset, scores, alpha=BITS).clamp_(FAINTEST, most).exp2_()

@@ -3,12 +3,13 @@
 A support answers for a batch of queries with a `Part`: the soft-max mean of the images it summed, those it
 only estimated among them, and an upper bound on the log-mass of those it left out. All images (`scan`), the
 k nearest (`nearfield`), the nearest and an estimate of the rest (`farfield`), and a choice between these
-(`calibrated`) differ in nothing else.
+(`planned`) differ in nothing else.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -98,6 +99,20 @@ class Part:
             together([part.log_far for part in parts]),
             tuple(names),
             together([part.errors for part in parts]),
+        )
+
+    def take(self, which: Bool[Tensor, " B"]) -> "Part":
+        """Those of some queries."""
+        weighted = self.weighted
+        return Part(
+            WeightedMean(weighted.log_mass[which], weighted.log_square[which], weighted.mean[which]),
+            self.log_tail[which],
+            self.ids[which],
+            self.whole[which],
+            self.candidates[which],
+            self.log_far[which],
+            tuple(compress(self.ladders, which.tolist())),
+            self.errors[which],
         )
 
     def with_errors(self, errors: Float[Tensor, " B"]) -> "Part":

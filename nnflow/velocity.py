@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nnflow.calibration import Calibrated
 from nnflow.errors import InputError
 from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
@@ -24,6 +23,7 @@ from nnflow.memory import DEFAULT_BUDGET
 from nnflow.nearfield import NearestImages
 from nnflow.path import along, score_from_mean, time_of_sigma, velocity_from_mean
 from nnflow.pixels import PixelRows
+from nnflow.planned import Calibrated
 from nnflow.scan import AllImages
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support

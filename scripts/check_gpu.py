@@ -27,13 +27,13 @@ from gpu_speed import fields, training
 from torch import Tensor
 
 from nnflow import EmpiricalVelocity, NeighbourIndex, NNFlowError
-from nnflow.calibration import Calibrated
 from nnflow.faiss_backend import faiss, gpu_count
 from nnflow.farfield import NearAndFar
 from nnflow.files import shown
 from nnflow.memory import format_bytes
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
+from nnflow.planned import Calibrated
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = (0.005, 0.05, 0.15, 0.3, 0.6, 0.95)

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from nnflow import EmpiricalVelocity, ImageStore, NeighbourIndex
 from nnflow.calibration import FILE as CALIBRATION
-from nnflow.calibration import Calibrated
 from nnflow.farfield import NearAndFar
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.nearfield import NearestImages
 from nnflow.pixels import PixelRows
+from nnflow.planned import Calibrated
 from nnflow.scan import AllImages
 from nnflow.support import Support
 

@@ -59,8 +59,9 @@ def test_products_give_logits(projected: tuple[Coordinates, Tensor], time: float
     squares = (y.double()[:, None] - time * z).square().sum(2)
     wanted = -(squares - y.double().square().sum(1)[:, None]) / (2 * (1 - time) ** 2)
     row, fall = coordinates.query(y, t)
-    found = scores_of(row, fall, coordinates.rows[:, :rank], coordinates.squares(rank), Buffer()).values
-    allowed = row.abs().amax(1) / 64_000 * coordinates.widest(rank)
+    scores = scores_of(row, fall, coordinates.rows[:, :rank], coordinates.squares(rank), Buffer())
+    found = scores.values
+    allowed = sum(0.504 * unit * coordinates.widest(start, stop) for start, stop, unit in scores.units)
     assert ((found.double() - wanted).abs() <= allowed[:, None] + 1e-6 * wanted.abs().amax() + 1e-12).all()
     assert ((found - wanted).abs().mean(1) <= 0.1 * allowed + 1e-6 * wanted.abs().amax()).all()
 
@@ -89,7 +90,7 @@ def test_sums_over_the_coordinates(
         torch.testing.assert_close(
             fresh.squares(rank).double(), z[:, :rank].square().sum(1), rtol=1e-5, atol=0
         )
-        assert fresh.widest(rank) == fresh.rows[:, :rank].long().abs().sum(1).max()
+        assert fresh.widest(7, rank) == fresh.rows[:, 7:rank].long().abs().sum(1).max()
 
 
 def test_images_all_alike(tmp_path: Path) -> None:

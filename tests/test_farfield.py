@@ -109,13 +109,14 @@ def test_velocity_is_that_of_the_blurred_mixture(
 ) -> None:
     """Which image goes how far is read off the logits in float64; all else is the oracle's own.
 
-    The coordinates are those that bytes hold.
+    The coordinates are those that bytes hold. Whole numbers for weights add noise to the mean of what is left
+    behind, as if each went up or down by the toss of a coin.
     """
     x, t = queries(index.store, time, count=3)
     found = field_of(index, levels).estimate(x, t)
     images, held = all_images(index.store), index.coordinates.values(index.coordinates.rows).double()
     for row in range(len(x)):
-        left, ranks = torch.arange(N), {}
+        left, ranks, noise = torch.arange(N), {}, 0.0
         for rank, keep in levels:
             head = index.embedding.principal[:rank].double()
             y = (x[row].double().flatten() - time * index.embedding.mean.double()) @ head.T
@@ -123,10 +124,15 @@ def test_velocity_is_that_of_the_blurred_mixture(
             best = inside.topk(keep, largest=False).indices
             behind = torch.ones(len(left), dtype=torch.bool)
             behind[best] = False
+            logits = -inside[behind] / (2 * (1 - time) ** 2)
+            units = 127 * (logits - logits.max()).exp()
+            noise += held.norm(dim=1).mean() * (units.frac() * (1 - units.frac())).sum().sqrt() / units.sum()
             ranks[rank], left = left[behind], left[best]
         wanted = mixture_velocity(index, x[row], time, left, ranks)
         error = (found.velocity[row].flatten().double() - wanted).norm() / wanted.norm()
-        assert error < 5e-4, f"{levels} at {time}: {error:.1e}"
+        noise *= found.tail_mass[row] / (1 - time) / wanted.norm()
+        assert error < 5e-4 + 2 * noise, f"{levels} at {time}: {error:.1e}, of which noise {noise:.1e}"
+        assert noise < 4e-3, "allows for anything: proves nothing"
         if time < 0.2:
             plain = oracle(images[left], x[row : row + 1], t[:1]).flatten()
             assert (plain - wanted).norm() / wanted.norm() > 0.02, "no far field to speak of: proves nothing"

@@ -16,7 +16,7 @@ errors memory files filemap path weighted pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
-nearfield scan residual ladder products farfield calibration velocity calibrating settling targets
+nearfield scan residual ladder products farfield calibration planned velocity calibrating settling targets
 config unet checkpoint diary trainer training
 sampling metrics
 imageset features classifier classifying frechet mmd manifold quality

@@ -8,12 +8,12 @@ from stores import store_of
 
 from nnflow import calibrating, probing
 from nnflow.calibrating import calibrate
-from nnflow.calibration import support_of
 from nnflow.errors import InputError
 from nnflow.faiss_backend import Choice, choose_kind, lists_of, make_index
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
 from nnflow.pixels import PixelRows
+from nnflow.planned import support_of
 from nnflow.probing import Probing, set_probes
 from nnflow.store import ImageStore
 

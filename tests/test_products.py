@@ -50,12 +50,34 @@ def test_logits_and_the_highest_of_them(count: int, k: int, fast: bool) -> None:
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     # half a unit of each value, 1e-5 of the largest, times 127
     torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
+    assert [unit[:2] for unit in found.units] == [(0, R)]
     values, places = found.highest(k)
     assert torch.equal(values, found.values.sort(1, descending=True).values[:, :k])
     assert torch.equal(values, found.values.gather(1, places))
     assert places[0, 0] == count - 1
     # an image that is met more than once among equals would be counted twice
     assert all(len(set(row)) == k for row in places.tolist())
+
+
+@pytest.mark.parametrize(("fine", "spans"), [(True, [(0, 8), (8, R)]), (False, [(0, R)])])
+def test_what_a_query_has_fewer_digits_for_is_off_by_no_more_than_half_a_unit(
+    fine: bool, spans: list[tuple[int, int]], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEAD", 8)
+    rows, squares, (row, fall) = rows_of(500), squares_of(500), queries()
+    row[:, 8:] /= 30  # where there are two spans, what one digit counts in is as small there
+    found = scores_of(row, fall, rows, squares, Buffer(), fine=fine)
+    wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
+    assert [unit[:2] for unit in found.units] == spans
+    allowed = torch.zeros_like(wanted)
+    for start, stop, unit in found.units:
+        digits = 2 if fine and start == 0 else 1
+        largest = row[:, start:stop].abs().amax(1)
+        torch.testing.assert_close(unit, largest / (127 if digits == 1 else 127 * 254))
+        allowed += 0.5 * unit.double()[:, None] * rows[:, start:stop].abs().double().sum(1)
+    off = (found.values.double() - wanted).abs()
+    assert (off <= 1.001 * allowed + 1e-5).all()
+    assert (off.mean(1) > 0.02 * allowed.mean(1)).all(), "the allowance would cover anything"
 
 
 def test_each_query_with_images_of_its_own(fast: bool) -> None:
@@ -93,20 +115,33 @@ def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
     torch.testing.assert_close(
         found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
     )
-    weights = (scores - scores.amax(1, keepdim=True)).double().exp()
-    whole = (weights * 16_383).round()
-    assert ((whole / 16_383 - weights)[:, :100].abs() > 1e-6).any(), "nothing is rounded: proves nothing"
-    weights = whole / whole.sum(1, keepdim=True)
-    each = rows.double() if own else rows.double().expand(6, -1, -1)
-    wanted = torch.einsum("bk,bka->ba", weights, each)[asked]
-    # a weight that lies between two whole numbers may go either way: bytes of 127 by a 16,383rd
-    torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
+    weights = (scores - scores.amax(1, keepdim=True)).double().exp()[asked]
+    each = rows.double()[asked] if own else rows.double().expand(len(asked), -1, -1)
+    # up or down by the multiple of the golden ratio of the image's place, whatever the block
+    whole = (127 * weights + (torch.arange(1.0, 331.0).double() * 0.6180339887498949).frac()).floor()
+    wanted = torch.einsum("bk,bka->ba", whole / whole.sum(1, keepdim=True), each)
+    # a weight that lies between two whole numbers may go either way: bytes of 127 by one of 127 and more
+    torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=2.0)
+    exact = torch.einsum("bk,bka->ba", weights / weights.sum(1, keepdim=True), each)
+    noise = 127 / 3**0.5 / (127 * weights.sum(1, keepdim=True)).sqrt()  # of bytes spread over -127 ... 127
+    off = (found.mean.double() - exact).square().mean(1, keepdim=True).sqrt()
+    assert (off < noise).all()
+
+
+def test_half_of_the_mass_in_weights_that_round_to_nothing_is_not_lost(fast: bool) -> None:
+    """One image of weight 1 and 96,000 of 1/96,000 each, 1/760 of a 127th: the mean is half of either."""
+    rows = torch.full((96_001, R), -100, dtype=torch.int8)
+    rows[0] = 100
+    scores = torch.full((1, 96_001), -torch.tensor(96_000.0).log().item())
+    scores[0, 0] = 0.0
+    found = weighted(scores, torch.zeros(1), rows, torch.arange(1))
+    torch.testing.assert_close(found.mean, torch.zeros(1, R), rtol=0, atol=10.0)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_rounded_logits_of_a_million_overflow_no_digit(own: bool) -> None:
+def test_rounded_logits_of_a_million_overflow_no_byte(own: bool) -> None:
     scores = torch.full((6, 40), 1e6, device=DEVICE)
-    scores[:, 3] += 0.25  # above `top`: 16,383 exp(1/4) would be 21,036, a high digit of 164
+    scores[:, 3] += 0.25  # above `top`: 127 exp(1/4) would be 163
     rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
     found = weighted(scores, torch.full((6,), 1e6, device=DEVICE), rows, torch.arange(6, device=DEVICE))
     wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)

@@ -1,0 +1,127 @@
+"""Which way answers which query: one after the other, each called once, and what calibration says of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from contract import all_images, oracle, queries
+from stores import store_of
+from test_calibration import priced
+from test_farfield import smooth
+from torch import Tensor
+
+from nnflow import calibrating as measuring
+from nnflow.calibration import Calibration, Plan, ways_of
+from nnflow.index import NeighbourIndex
+from nnflow.pixels import PixelRows
+from nnflow.planned import Calibrated, settled, support_of
+from nnflow.support import Part, Support
+from nnflow.velocity import EmpiricalVelocity
+from nnflow.weighted import WeightedMean
+
+BUDGET = 1 << 28
+
+
+class Fake(Support):
+    """Answers with its number; says that queries whose first value is below `limit` are one image."""
+
+    def __init__(self, number: float, limit: float) -> None:
+        super().__init__(PixelRows(torch.zeros(9, 3, dtype=torch.uint8)), budget=BUDGET)
+        self.number, self.limit, self.asked = number, limit, []  # type: ignore[var-annotated]
+
+    def part(self, x: Tensor, t: Tensor, images: slice) -> Part:
+        self.asked.append(x[:, 0].tolist())
+        ess = torch.where(x[:, 0] < self.limit, 1.0199, 1.0201).double()
+        weighted = WeightedMean(torch.zeros(len(x)).double(), -ess.log(), torch.full_like(x, self.number))
+        return Part.summed(weighted, str(self.number), ids=torch.zeros(len(x), 1, dtype=torch.int64))
+
+    def reach(self, mean: Tensor) -> Tensor:
+        return torch.zeros(len(mean)).double()
+
+
+def planned(plan: Plan, ways: dict[str, Support]) -> Calibrated:
+    return Calibrated(next(iter(ways.values())).rows, plan, ways, budget=BUDGET)
+
+
+def asked(field: Calibrated, values: list[float], times: list[float]) -> Part:
+    x = torch.tensor(values)[:, None].expand(-1, 3).contiguous()
+    return field.part(x, torch.tensor(times), slice(0, 9))
+
+
+def test_what_the_first_way_has_not_settled_goes_to_the_second_with_all_others() -> None:
+    cheap, dear = Fake(1.0, limit=0.5), Fake(2.0, limit=0.0)
+    plan = Plan((0.2, 0.4), ("dear", "cheap else dear", "cheap"), (0.01, 0.02, 0.03))
+    field = planned(plan, {"dear": dear, "cheap": cheap})
+    found = asked(field, [0.1, 0.2, 0.6, 0.7, 0.8], [0.1, 0.3, 0.3, 0.5, 0.19])
+    assert cheap.asked == [pytest.approx([0.2, 0.6, 0.7])], "each way is called once"
+    assert dear.asked == [pytest.approx([0.1, 0.6, 0.8])]
+    assert found.weighted.mean[:, 0].tolist() == [2, 1, 2, 1, 2]
+    assert found.ladders == ("2.0", "1.0", "2.0", "1.0", "2.0")
+    assert found.errors.tolist() == [0.01, 0.02, 0.02, 0.03, 0.01]
+    assert asked(field, [0.6], [0.3]).weighted.mean[0, 0] == 2, "alone as in a batch"
+
+
+def test_a_way_that_is_first_here_and_second_there() -> None:
+    ways: dict[str, Support] = {"a": Fake(1.0, 0.5), "b": Fake(2.0, 0.5), "c": Fake(3.0, 0.5)}
+    field = planned(Plan((0.5,), ("a else b", "b else c"), (0.0, 0.0)), ways)
+    found = asked(field, [0.1, 0.9, 0.1, 0.9], [0.1, 0.1, 0.9, 0.9])
+    assert found.weighted.mean[:, 0].tolist() == [1, 2, 2, 3]
+
+
+def test_settled_is_one_per_cent_of_two_images() -> None:
+    shares = torch.tensor([[0.992, 0.008], [0.988, 0.012]]).double()
+    part = Part.summed(
+        WeightedMean(torch.zeros(2).double(), shares.square().sum(1).log(), torch.zeros(2, 3)), "x", ids=9
+    )
+    assert settled(part).tolist() == [True, False]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> NeighbourIndex:
+    store = store_of(smooth(400), tmp_path_factory.mktemp("planned"))
+    return NeighbourIndex.build(store, store.folder, rank=40)
+
+
+def way(index: NeighbourIndex, name: str) -> Calibrated:
+    rows = PixelRows(index.store.pixels)
+    ways = {one: support_of(one, index, rows, BUDGET) for one in ways_of(name)}
+    return Calibrated(rows, Plan((), (name,), (torch.nan,)), ways, budget=BUDGET)
+
+
+def test_each_answer_is_that_of_the_way_it_names(index: NeighbourIndex) -> None:
+    field = EmpiricalVelocity(way(index, "32/8 alone else 64/30"), index.store)
+    x, t = queries(index.store, 0.72, count=60)
+    found = field.estimate(x, t)
+    assert set(found.ladder) == {"32/8 alone", "64/30"}
+    for name in set(found.ladder):
+        mine = [row for row, other in enumerate(found.ladder) if other == name]
+        alone = EmpiricalVelocity(way(index, name), index.store).estimate(x[mine], t[mine])
+        torch.testing.assert_close(found.velocity[mine], alone.velocity, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.candidates[mine], alone.candidates)
+    first = EmpiricalVelocity(way(index, "32/8 alone"), index.store).estimate(x, t)
+    assert [name == "32/8 alone" for name in found.ladder] == (first.ess <= 1.02).tolist()
+
+
+def test_calibration_says_of_two_ways_what_asking_them_gives(
+    index: NeighbourIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table never asks two ways in turn: it puts the answers of each together."""
+    monkeypatch.setattr(measuring, "_TIMES", (0.7, 0.75))
+    monkeypatch.setattr(measuring, "_COLLAPSE", ())
+    monkeypatch.setattr(measuring, "_LAST", 0.8)
+    monkeypatch.setattr(measuring._Bench, "answer", priced)
+    table = measuring.calibrate(index, queries=64, seed=3)
+    bench = measuring._Bench(index, None, BUDGET, 3)
+    both = [entry for entry in table.entries if " else " in entry.ladder]
+    assert len({entry.ladder for entry in both}) > 3
+    seconds = {(entry.t, entry.ladder): entry.seconds for entry in table.entries}
+    for entry in both[::5]:
+        x, t = bench.queries(entry.t, 64, held_in=True)
+        mean = way(index, entry.ladder).part(x, t, slice(0, len(index))).weighted.mean
+        wanted = oracle(all_images(index.store), x.view(-1, *index.store.shape[1:]), t).flatten(1)
+        error = ((mean - x) / (1 - entry.t) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert entry.held_in.p50 == pytest.approx(error.quantile(0.5).item(), rel=0.02, abs=1e-5)
+        assert entry.held_in.upper == pytest.approx(error.max().item(), rel=0.02, abs=1e-5)
+        first, then = ways_of(entry.ladder)
+        assert seconds[entry.t, first] < entry.seconds < seconds[entry.t, then]
+    assert Calibration.open(index) == table
