@@ -16,7 +16,9 @@ against a null of the same N. Here the bias is estimated by leaving out groups o
     se^2 = (g - 1)/g sum_j (d_j - mean d_j)^2,   bias = (g - 1) (mean d_j - d)               (3)
 
 with d_j eq. 1 without the j-th of g groups: the jackknife (Efron 1982), which, unlike the bootstrap,
-does not fit its covariances to images drawn twice.
+does not fit its covariances to images drawn twice. Of Gaussians (60 draws, g = 10) the bias came out at
+0.9 to 1.03 of the true one, the error at 1.0 to 1.2 of the true deviation where N > 10 F, and too large
+below: 1.7 times at N = 5 F, 1.3 to 1.5 with fewer images than features.
 
 Axes:  N images   F values of a feature   r rank of a covariance   g groups
 """

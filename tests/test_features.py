@@ -114,6 +114,7 @@ def test_all_coordinates_keep_every_distance(store):
     torch.testing.assert_close(*apart, atol=1e-5, rtol=1e-5)
     few = PrincipalCoordinates.leading(embedding, 5)
     torch.testing.assert_close(few(images), turned[:, :5])
+    assert few(images).mean(0).abs().max() < 1e-5
     variances = few(images).var(0, unbiased=False)
     torch.testing.assert_close(variances, embedding.spectrum[:5], rtol=1e-3, atol=0)
     assert PrincipalCoordinates.leading(embedding).coordinates == 30

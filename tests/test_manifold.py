@@ -5,7 +5,7 @@ import torch
 from refusals import refused
 
 from nnflow.errors import InputError
-from nnflow.manifold import precision_recall
+from nnflow.manifold import _squares, precision_recall
 
 
 def column(*values):
@@ -56,6 +56,15 @@ def test_copies_lie_inside_even_where_the_reference_repeats_itself():
     assert precision_recall(points.repeat(2, 1) + 0.1, reference).precision == 0.0
     whole = precision_recall(points, points)
     assert (whole.precision, whole.recall) == (1.0, 1.0)
+
+
+def test_copies_are_at_distance_zero():
+    """Whatever the product of one block rounds to: in another block it may round otherwise."""
+    points = torch.randn(50, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 5
+    (squares,) = _squares(points, points, 1 << 20)
+    assert squares.diagonal().max() == 0
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(squares, apart, rtol=1e-9, atol=1e-8)
 
 
 def test_memory_changes_nothing():
