@@ -18,12 +18,15 @@ sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
 nearfield scan residual ladder products farfield calibration planned velocity calibrating settling tally
 targets config unet checkpoint diary batches trainer training
-sampling metrics evaluation sheet plots curves
+sampling metrics
+imageset features classifier classifying frechet mmd manifold quality
+evaluation sheet plots curves
 figures figures.parts figures.inputs figures.experiment figures.pictures figures.points figures.alignment
 figures.sizes figures.spectra figures.drawn figures.drawn.cosines figures.drawn.dimension
 figures.walk figures.drawn.trajectories figures.drawn.plane
-figures.plane figures.cosines figures.dimension figures.trajectories figures.registry report
-cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli.figures cli
+figures.plane figures.cosines figures.dimension figures.trajectories
+figures.registry report
+cli.options cli.calibrate cli.index cli.train cli.sample cli.classifier cli.evaluate cli.figures cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line
 
@@ -34,7 +37,7 @@ ONLY = {
     "diffusers": {"unet"},
     "accelerate": {"training"},
     "torchdiffeq": {"sampling"},
-    "safetensors": {"embedding", "unfinished", "unet", "checkpoint"},
+    "safetensors": {"embedding", "unfinished", "unet", "checkpoint", "classifying"},
     "pyarrow": {"sources.parquet"},
     "click": {name for name in ORDER if name.startswith("cli")},
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from nnflow.cli.calibrate import calibrate
+from nnflow.cli.classifier import classifier
 from nnflow.cli.evaluate import evaluate
 from nnflow.cli.figures import figures, report
 from nnflow.cli.index import index, info
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (index, info, calibrate, train, sample, evaluate, figures, report):
+for command in (index, info, calibrate, train, sample, classifier, evaluate, figures, report):
     cli.add_command(command)
 
 

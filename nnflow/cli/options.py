@@ -10,9 +10,13 @@ import click
 import torch
 
 from nnflow.calibration import Calibration
+from nnflow.classifier import Classifier
+from nnflow.embedding import Embedding
 from nnflow.errors import InputError, NNFlowError, StoreError
+from nnflow.features import FeatureExtractor, Pixels, PrincipalCoordinates, Scripted
 from nnflow.files import disk_errors, shown
 from nnflow.index import NeighbourIndex
+from nnflow.manifest import EMBEDDING
 from nnflow.memory import parse_bytes
 from nnflow.store import ImageStore
 from nnflow.velocity import EmpiricalVelocity
@@ -192,6 +196,26 @@ def empirical_field(
         return EmpiricalVelocity.nearest(index, k=chosen.k, flip=flip, memory=memory, device=device)
     return EmpiricalVelocity.near_and_far(
         index, tolerance=chosen.tolerance, flip=flip, memory=memory, device=device
+    )
+
+
+def chosen_extractor(text: str, out: Path, store: ImageStore, device: torch.device) -> FeatureExtractor:
+    """The features called `text`, of images like those of `store`, which lies in `out`.
+
+    Raises:
+        InputError: none of that name.
+    """
+    kind, _, rest = text.partition(":")
+    if text == "pixels":
+        return Pixels(store.shape[1:])
+    if kind == "pca" and (text == "pca" or rest.isdecimal()):
+        return PrincipalCoordinates.leading(Embedding.open(out / EMBEDDING), int(rest) if rest else None)
+    if kind == "classifier" and rest:
+        return Classifier.open(rest, device=device)
+    if kind == "torchscript" and rest:
+        return Scripted.open(rest, device=device)
+    raise InputError(
+        f"features {shown(text)}: wanted pixels, pca, pca:64, classifier:DIR or torchscript:FILE"
     )
 
 
