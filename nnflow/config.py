@@ -15,7 +15,7 @@ from nnflow.errors import InputError
 from nnflow.files import shown
 from nnflow.memory import parse_bytes
 
-_TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
+_TARGETS = ("cfm", "otcfm", "efm-m", "efm", "efm-unbiased")
 _LARGEST = 2**63 - 1
 
 # These change what is written down on the way and when, never the weights, so a resumed run may change them.

@@ -17,7 +17,7 @@ sources.base sources.folder sources.archive sources.shards sources.tables source
 sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
 nearfield scan residual ladder products farfield calibration planned velocity calibrating settling tally
-targets config unet checkpoint diary batches trainer training
+pairs targets config unet checkpoint diary batches trainer training
 sampling metrics
 imageset features classifier classifying frechet mmd manifold quality
 evaluation sheet plots curves
