@@ -20,7 +20,7 @@ nearfield scan residual ladder products farfield calibration planned velocity ca
 pairs targets config unet checkpoint diary batches trainer training
 sampling metrics
 imageset features classifier classifying frechet mmd manifold quality
-evaluation sheet plots curves
+evaluation noise paired sheet plots curves
 figures figures.parts figures.inputs figures.experiment figures.pictures figures.points figures.alignment
 figures.sizes figures.spectra figures.drawn figures.drawn.cosines figures.drawn.dimension
 figures.walk figures.drawn.trajectories figures.drawn.plane
