@@ -56,12 +56,12 @@ class Sheet:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 
-    def scale(self, axes: Any, values: Sequence[float]) -> None:
-        """A logarithmic y axis where positive `values` span more than a factor of 20."""
+    def scale(self, axes: Any, values: Sequence[float], *, least: Number = 20) -> None:
+        """A logarithmic y axis where positive `values` span more than a factor of `least`."""
         from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         low, high = min(values), max(values)
-        if not 0 < 20 * low < high:
+        if not 0 < least * low < high:
             axes.set_ylim(0, None)
             return
         axes.set_yscale("log")

@@ -344,8 +344,9 @@ class Quick(CosineSettings):
 def test_all_makes_what_it_can_and_tells_what_it_cannot(
     home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one quick experiment that works, and one that lacks a run."""
+    """With one quick experiment that works, one that lacks a run, and one that would train for days."""
     some = {
+        "capacity": EXPERIMENTS["capacity"],
         "trajectories": replace(EXPERIMENTS["trajectories"], needs=("index", "run")),
         "cosines": replace(COSINES, settings=Quick),
     }
@@ -353,6 +354,8 @@ def test_all_makes_what_it_can_and_tells_what_it_cannot(
     code, out, err = run("figures", "all", "--index", home / "out", "--out", tmp_path)
     assert code == 2
     assert err.count("trajectories: --run was not named") == 2  # when it happens, and at the end
+    assert "capacity: trains networks; make it by nnflow figures capacity --index OUT" in err
+    assert not (tmp_path / "parts" / "capacity").exists()
     assert out.splitlines()[-1] == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "nnflow figures trajectories --index OUT --run RUN" in page

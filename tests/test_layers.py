@@ -25,7 +25,8 @@ figures figures.parts figures.inputs figures.experiment figures.pictures figures
 figures.sizes figures.spectra figures.drawn figures.drawn.cosines figures.drawn.dimension
 figures.walk figures.drawn.trajectories figures.drawn.plane
 figures.plane figures.cosines figures.dimension figures.trajectories
-figures.registry report
+figures.networks figures.drawn.tiles figures.compared figures.drawn.capacity figures.drawn.tau
+figures.drawn.targets figures.capacity figures.tau figures.targets figures.registry report
 cli.options cli.calibrate cli.index cli.train cli.sample cli.classifier cli.evaluate cli.figures cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line

@@ -127,12 +127,16 @@ def _draw(experiment: Experiment, document: Document, out: Path) -> None:
 def every(out: Path, device: str | None, **rest: Any) -> None:
     """Make every figure that the inputs named allow, with its default settings, and the report.
 
-    What one of them lacks is told at the end; the others are made all the same.
+    What one of them lacks is told at the end; the others are made all the same. Those that train networks
+    are left to their own commands.
     """
     inputs = _inputs(out, device=device, **rest)
     new_folder(out)
     failed = []
     for experiment in EXPERIMENTS.values():
+        if experiment.trains:
+            click.echo(f"{experiment.name}: trains networks; make it by {experiment.command(out)}", err=True)
+            continue
         click.echo(f"{experiment.name}: {experiment.about}", err=True)
         try:
             document = _made(experiment, experiment.settings(), inputs)

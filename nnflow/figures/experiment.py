@@ -131,6 +131,7 @@ class Experiment:
         draw: (document, folder) -> the files written there, NAME.png first, others NAME-*.
         caption: what the picture shows, in sentences that state n, d, seeds and iterations.
         tolerant: whether it takes u* within `Inputs.tolerance`; else it is exact whatever is asked.
+        trains: whether it trains networks, by default for days: only its own command makes it.
         version: raised when `measure` changes what it measures: parts of others are then not taken.
     """
 
@@ -146,6 +147,7 @@ class Experiment:
     caption: Callable[[Document], str]
     version: int = 1
     tolerant: bool = True
+    trains: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

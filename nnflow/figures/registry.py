@@ -1,6 +1,6 @@
 """All experiments, in the order of the paper's story."""
 
-from nnflow.figures import cosines, dimension, plane, trajectories
+from nnflow.figures import capacity, cosines, dimension, plane, targets, tau, trajectories
 from nnflow.figures.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -9,6 +9,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         plane.EXPERIMENT,
         cosines.EXPERIMENT,
         dimension.EXPERIMENT,
+        capacity.EXPERIMENT,
+        tau.EXPERIMENT,
+        targets.EXPERIMENT,
         trajectories.EXPERIMENT,
     )
 }
