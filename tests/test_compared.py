@@ -66,6 +66,17 @@ def test_seeds_are_joined_and_differences_paired() -> None:
     assert (training["low"], training["high"]) == pytest.approx((-0.75 - half, -0.75 + half), rel=1e-4)
 
 
+def test_a_step_that_one_network_lacks_is_left_out() -> None:
+    """An interrupted training may have lost a checkpoint."""
+    short = network(5.0, 3.0, 1.0)
+    short["points"] = short["points"][1:]
+    found = joined(
+        [Compared(name="cfm", networks=[network(4.0, 2.0, 1.5), short], noise=[noise(1.0), noise(3.0)])]
+    )
+    assert found[0]["steps"] == [10, 15]
+    assert found[0]["frechet"]["pca"]["training"] == [[2, 3], [1.5, 1]]
+
+
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
     store = store_of(pixels_of(26), tmp_path, classes=["a"] * 12 + ["b"] * 14)

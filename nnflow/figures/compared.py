@@ -63,16 +63,16 @@ def joined(found: Sequence[Compared]) -> list[dict[str, Any]]:
     """For each target what its seeds' networks are, and their differences to those of the first target.
 
     Returns:
-        name; steps; `frechet` by extractor and reference, a row per step with one value per seed;
+        name; the steps all have; `frechet` by extractor and reference, a row per step with a value per seed;
         `memorised` per seed; `error` and `held_out_error`, a row per time; `noise`, likewise; `samples` of
         the first seed; `differences` at the last step.
     """
-    first = found[0]
+    first, steps = found[0], _common_steps(found)
     return [
         {
             "name": target.name,
-            "steps": [point["step"] for point in target.networks[0]["points"]],
-            "frechet": _frechet(target.networks),
+            "steps": steps,
+            "frechet": _frechet(target.networks, steps),
             "memorised": [network["memorised"] for network in target.networks],
             **{what: _errors(target.networks, what) for what in ("error", "held_out_error")},
             "noise": _noise(target.noise),
@@ -83,17 +83,20 @@ def joined(found: Sequence[Compared]) -> list[dict[str, Any]]:
     ]
 
 
-def _frechet(networks: list[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-    last = networks[0]["points"][-1]["frechet"]
+def _common_steps(found: Sequence[Compared]) -> list[int]:
+    """Those at which every network was measured."""
+    measured = [{point["step"] for point in network["points"]} for one in found for network in one.networks]
+    return sorted(set.intersection(*measured))
+
+
+def _frechet(networks: list[dict[str, Any]], steps: list[int]) -> dict[str, dict[str, list[list[float]]]]:
+    points = [{point["step"]: point["frechet"] for point in network["points"]} for network in networks]
     return {
         called: {
-            reference: [
-                [network["points"][row]["frechet"][called][reference]["value"] for network in networks]
-                for row in range(len(networks[0]["points"]))
-            ]
-            for reference in last[called]
+            reference: [[of[step][called][reference]["value"] for of in points] for step in steps]
+            for reference in references
         }
-        for called in last
+        for called, references in points[0][steps[-1]].items()
     }
 
 

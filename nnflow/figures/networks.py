@@ -27,6 +27,7 @@ from nnflow.store import ImageStore
 from nnflow.training import run_record, train
 from nnflow.unet import newest_checkpoint, read_state
 
+_INTERRUPTIONS = 50  # each leaves a checkpoint of its own, which must not push out one that is measured
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -64,7 +65,7 @@ class TrainingSettings(Settings):
             given["flip"] = self.flip == "yes"
         config = resolve(self.preset, given | {"target": target, "seed": seed, "samples": samples})
         every = max(1, config.steps // keep)
-        return config.replace({"sample_every": 0, "checkpoint_every": every, "keep": keep})
+        return config.replace({"sample_every": 0, "checkpoint_every": every, "keep": keep + _INTERRUPTIONS})
 
 
 def trained(
