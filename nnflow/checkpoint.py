@@ -25,6 +25,7 @@ from torch import Tensor
 from nnflow.config import TrainConfig, differences
 from nnflow.errors import CheckpointError, InputError, StoreError
 from nnflow.files import disk_errors, file_mark, read_json, shown, sync_folder, write_json
+from nnflow.store import ImageStore
 from nnflow.unet import (
     FILES,
     OPTIMIZER,
@@ -98,6 +99,23 @@ def read_record(run: Path) -> RunRecord:
         raise CheckpointError(f"{shown(place)}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{shown(place)}: lacks {shown(error)} of a run") from error
+
+
+def learned_field(run: Path, store: ImageStore, *, ema: bool, device: torch.device) -> LearnedVelocity:
+    """The network of a training run on the images of `store`.
+
+    Raises:
+        InputError: it was trained on other images, so u* of these says nothing about it.
+    """
+    learned = LearnedVelocity.open(run, ema=ema, device=device)
+    if (run / _CONFIG).exists() and (run / "checkpoints").exists():
+        trained_on = read_record(run).images
+        if trained_on != store.fingerprint:
+            raise InputError(
+                f"{shown(run)}: trained on other images ({trained_on[:12]}...) than {shown(store.folder)} "
+                f"holds ({store.fingerprint[:12]}...); name the index it was trained on"
+            )
+    return learned
 
 
 def start_run(run: Path, record: RunRecord, *, resume: bool) -> None:

@@ -15,7 +15,7 @@ from nnflow.errors import InputError
 from nnflow.files import shown
 from nnflow.memory import parse_bytes
 
-_TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
+_TARGETS = ("cfm", "otcfm", "efm-m", "efm", "efm-unbiased")
 _LARGEST = 2**63 - 1
 
 # These change what is written down on the way and when, never the weights, so a resumed run may change them.
@@ -167,8 +167,9 @@ def _listed(value: Any) -> str:
 
 def _checked(knob: "dataclasses.Field[Any]", value: Any) -> Any:
     """`value` in the type of the knob and within its range."""
-    if knob.type == tuple[int, ...]:
-        return tuple(_number(knob, part, int) for part in _parts(knob.name, value))
+    for kind in (int, float):
+        if knob.type == tuple[kind, ...]:  # type: ignore[valid-type]
+            return tuple(_number(knob, part, kind) for part in _parts(knob.name, value, kind))
     if knob.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{knob.name} is {shown(repr(value))}: wanted true or false")
@@ -182,14 +183,15 @@ def _checked(knob: "dataclasses.Field[Any]", value: Any) -> Any:
     return _number(knob, value, int if knob.type is int else float)
 
 
-def _parts(name: str, value: Any) -> list[Any]:
+def _parts(name: str, value: Any, kind: type) -> list[Any]:
     """The entries of a tuple knob, from a tuple, a list, or text such as "32,64"."""
     if isinstance(value, list | tuple):
         return list(value)
     try:
-        return [int(part) for part in value.split(",") if part.strip()]
+        return [kind(part) for part in value.split(",") if part.strip()]
     except (AttributeError, ValueError) as error:
-        raise InputError(f"{name} is {shown(repr(value))}: wanted whole numbers such as 32,64") from error
+        wanted = "whole numbers such as 32,64" if kind is int else "numbers such as 0.1,0.2"
+        raise InputError(f"{name} is {shown(repr(value))}: wanted {wanted}") from error
 
 
 def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
@@ -203,6 +205,9 @@ def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
         span = f" of at least {low}" if high in (None, _LARGEST) else f" from {low} to {high}"
         raise InputError(f"{knob.name} is {shown(repr(value))}: wanted {what}{span}")
     return kind(value)
+
+
+knob, checked = _knob, _checked  # the settings of the figures are declared and checked as those of a run
 
 
 # The recipe of arXiv 2506.03719 for CIFAR-10; one for 64x64 on a GPU; one for scikit-learn's 8x8 digits on a

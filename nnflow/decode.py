@@ -138,6 +138,25 @@ class Decoder:
         return pixels[None] if self.grey else pixels.transpose(2, 0, 1)
 
 
+def image_size(content: bytes | UInt8[np.ndarray, "H0 W0 *C0"], path: str) -> tuple[int, int]:
+    """Width and height of what `Decoder.decode` takes, as stored; of a file only the head is looked at.
+
+    Raises:
+        UnreadableImageError: empty, or no image of a known format.
+    """
+    if isinstance(content, np.ndarray):
+        return content.shape[1], content.shape[0]
+    if not content:
+        raise UnreadableImageError(path, "an empty file")
+    try:
+        return _open(content, path).size
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # as in `decode`
+        cause = shown(str(error) or type(error).__name__)
+        raise UnreadableImageError(path, f"damaged or cut off ({cause})") from error
+
+
 def _no_colour(text: object) -> str:
     return f"background {shown(repr(text))}: wanted a colour name such as white, or #rrggbb"
 

@@ -6,7 +6,8 @@ The network is compared with u* on the path it was trained on,
 
 with x1 a training image, and, when given, with x1 a held-out image as well: at a training image's
 x_t the two agree or the network has not learned; at a held-out one, u* points to training images
-all the same, and a network that generalises does not.
+all the same, and a network that generalises does not. How good the samples look is told in features
+(`quality`): Frechet distance, KID, precision and recall.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnflow.errors import InputError
+from nnflow.features import FeatureExtractor
+from nnflow.imageset import ImageSet, check_images, image_shape, take
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.metrics import (
     DistanceHistogram,
@@ -34,6 +37,7 @@ from nnflow.metrics import (
     summarise,
 )
 from nnflow.path import interpolate
+from nnflow.quality import ImageQuality, image_quality
 from nnflow.sampling import noise_of
 from nnflow.scan import nearest_images
 from nnflow.store import ImageStore
@@ -79,8 +83,9 @@ class Evaluation:
         error: of the network against u* on the paths to training images.
         held_out_error: the same on the paths to held-out images, from the same noise.
         scaling: of latents, what they were multiplied by; None for pixels in [-1, 1].
-        seed: of the noise and of the choice of images behind both errors.
+        seed: of the noise and of the choice of images behind both errors, and of every draw in `quality`.
         sample_seeds: of the samples, as far as the caller knows them.
+        quality: samples, held-out and training images against each other, for each extractor.
     """
 
     n: int
@@ -93,6 +98,7 @@ class Evaluation:
     seed: int
     sample_seeds: tuple[int, ...]
     scaling: float | None = None
+    quality: tuple[ImageQuality, ...] = ()
 
     @property
     def d(self) -> int:
@@ -109,13 +115,14 @@ def evaluate(
     store: ImageStore,
     *,
     samples: Tensor | None = None,
-    held_out: ImageStore | Tensor | None = None,
+    held_out: ImageSet | None = None,
     learned: Field | None = None,
     field: Field | None = None,
     times: Sequence[float] = TIMES,
     pairs: int = 256,
     seed: int = 0,
     sample_seeds: Sequence[int] = (),
+    extractors: Sequence[FeatureExtractor] = (),
     conditional: bool = False,
     device: torch.device | str | None = None,
     memory: int = DEFAULT_BUDGET,
@@ -134,6 +141,7 @@ def evaluate(
         pairs: pairs of noise and image, the same ones at every time.
         seed: of these pairs, which do not depend on `memory`.
         sample_seeds: of `samples`, to be kept beside the figures.
+        extractors: features in which samples and held-out images are compared with the training images.
         conditional: whether both velocities take the label of x1 as a third argument.
         device: where `learned` and `field` live; by default where the field says it does.
         memory: bytes to work in, beside those of the two velocities' own making.
@@ -141,18 +149,24 @@ def evaluate(
 
     Raises:
         InputError: nothing to measure, images of another shape, NaN, times outside [0, 1), fewer
-            than two stored images, or labels asked for where there are none.
+            than two stored images, labels asked for where there are none, or features of no images.
     """
     if samples is None and held_out is None and learned is None:
         raise InputError("nothing to evaluate: pass samples, held-out images or a learned velocity")
-    shape = _image_shape(store)
+    shape = image_shape(store)
     sets = {"samples": samples, "held-out images": held_out}
     for what, images in sets.items():
         if images is not None:
             need_two(len(store))
-            _check_images(images, what, shape)
+            check_images(images, what, shape)
             if isinstance(images, ImageStore):
                 store.refuse_other_units(images, what)
+    quality = tuple(
+        image_quality(
+            extractor, store, samples=samples, held_out=held_out, seed=seed, memory=memory, progress=progress
+        )
+        for extractor in extractors
+    )
     errors: dict[str, VelocityError] = {}
     if learned is not None:
         _check_times(times, pairs)
@@ -182,12 +196,8 @@ def evaluate(
         seed=seed,
         sample_seeds=tuple(int(s) for s in sample_seeds),
         scaling=None if store.codec.of_pixels else store.codec.scaling,
+        quality=quality,
     )
-
-
-def _image_shape(images: ImageStore | Tensor) -> tuple[int, int, int]:
-    _, channels, height, width = images.shape
-    return int(channels), int(height), int(width)
 
 
 def _check_times(times: Sequence[float], pairs: int) -> None:
@@ -200,33 +210,9 @@ def _check_times(times: Sequence[float], pairs: int) -> None:
         raise InputError(f"time {wrong[0]:g}: wanted times in [0, 1); u* has no value at t = 1")
 
 
-def _check_images(images: ImageStore | Tensor, what: str, wanted: tuple[int, int, int]) -> None:
-    """Refuses what cannot be compared with images of shape `wanted`."""
-    if isinstance(images, Tensor) and (images.ndim != 4 or not images.is_floating_point()):
-        raise InputError(
-            f"{what} of shape {tuple(images.shape)} and {images.dtype}: "
-            "wanted float images (S, C, H, W) in [-1, 1]"
-        )
-    if len(images) == 0:
-        raise InputError(f"no {what}: pass at least one image, or none at all")
-    if _image_shape(images) != wanted:
-        raise InputError(
-            f"{what} are {_image_shape(images)} (C, H, W) and the training images {wanted}: "
-            "index or sample them at the same size and colours"
-        )
-    if isinstance(images, Tensor) and not bool(images.isfinite().all()):
-        row = int((~images.isfinite()).flatten(1).any(1).nonzero()[0, 0])
-        raise InputError(f"{what}: image {row} holds NaN or infinity; wanted numbers in [-1, 1]")
-
-
-def _take(images: ImageStore | Tensor, ids: Tensor) -> Tensor:
-    """float32 (B, C, H, W) of the images named."""
-    return images[ids].float().cpu() if isinstance(images, Tensor) else images.images(ids)
-
-
 def _nearness(
     store: ImageStore,
-    sets: dict[str, ImageStore | Tensor | None],
+    sets: dict[str, ImageSet | None],
     *,
     memory: int,
     progress: bool,
@@ -249,17 +235,17 @@ def _nearness(
 
 
 def _two_nearest(
-    store: ImageStore, images: ImageStore | Tensor, what: str, *, memory: int, progress: bool
+    store: ImageStore, images: ImageSet, what: str, *, memory: int, progress: bool
 ) -> tuple[Tensor, int]:
     """Distances (S, 2) of `images` to the two nearest of `store`, and how many are copies."""
     # Half for the images and their neighbours (float32, three of each alive), half for the scan.
-    one = 4 * math.prod(_image_shape(store))
+    one = 4 * math.prod(image_shape(store))
     rows = rows_within(memory, 3 * one, at_most=len(images), what=what, share=2)
     distances, copies = [], 0
     with tqdm(total=len(images), desc=f"nearest of {what}", unit="img", disable=not progress) as bar:
         for start in range(0, len(images), rows):
             ids = torch.arange(start, min(start + rows, len(images)))
-            block = _take(images, ids)
+            block = take(images, ids)
             near = nearest_images(store, block, 2, memory=memory // 2)
             distances.append(near.distances.cpu())
             nearest = store.images(near.ids[:, 0].cpu())
@@ -269,8 +255,8 @@ def _two_nearest(
 
 
 def _paths(
-    store: ImageStore, held_out: ImageStore | Tensor | None, *, conditional: bool
-) -> list[tuple[str, ImageStore | Tensor, Tensor | None]]:
+    store: ImageStore, held_out: ImageSet | None, *, conditional: bool
+) -> list[tuple[str, ImageSet, Tensor | None]]:
     """Where the paths end: a name, images, and their labels where these are asked for."""
     ends = {"training images": store, "held-out images": held_out}
     return [
@@ -280,7 +266,7 @@ def _paths(
     ]
 
 
-def _labels(images: ImageStore | Tensor, store: ImageStore) -> Tensor:
+def _labels(images: ImageSet, store: ImageStore) -> Tensor:
     """Labels of `images` in the numbering of `store`."""
     if isinstance(images, Tensor) or not images.classes:
         raise InputError(
@@ -309,7 +295,7 @@ class _Comparison:
     progress: bool
 
     @torch.no_grad()
-    def error(self, images: ImageStore | Tensor, labels: Tensor | None, what: str) -> VelocityError:
+    def error(self, images: ImageSet, labels: Tensor | None, what: str) -> VelocityError:
         """Errors over all times on the paths from `pairs` noises to as many of `images`."""
         parts: list[list[PairErrors]] = [[] for _ in self.times]
         total = self.pairs * len(self.times)
@@ -326,18 +312,21 @@ class _Comparison:
                     bar.update(len(x))
         return summarise(self.times, [_joined(part) for part in parts])
 
-    def _pairs(self, images: ImageStore | Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of (x0, x1, ids of x1), each pair from a generator of its own."""
-        draw = torch.Generator().manual_seed(self.seed)
-        noise_seeds = torch.randint(2**62, (self.pairs,), generator=draw).tolist()
-        ids = torch.randint(len(images), (self.pairs,), generator=draw)
-        shape = _image_shape(images)
-        bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(shape)
+    def _pairs(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of (x0, x1, ids) on the device."""
+        bytes_per_pair = _IMAGES_PER_PAIR * 4 * math.prod(image_shape(images))
         rows = rows_within(self.memory, bytes_per_pair, at_most=self.pairs, what="pairs")
         for start in range(0, self.pairs, rows):
-            x0 = noise_of(noise_seeds[start : start + rows], shape)
-            block = ids[start : start + rows]
-            yield x0.to(self.device), _take(images, block).to(self.device), block
+            x0, x1, ids = draw_pairs(images, self.pairs, seed=self.seed, rows=slice(start, start + rows))
+            yield x0.to(self.device), x1.to(self.device), ids
+
+
+def draw_pairs(images: ImageSet, pairs: int, *, seed: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs `rows` of all `pairs` of `seed`, the same whichever rows are asked for: x0, x1, ids of x1."""
+    draw = torch.Generator().manual_seed(seed)
+    noise_seeds = torch.randint(2**62, (pairs,), generator=draw)[rows].tolist()
+    ids = torch.randint(len(images), (pairs,), generator=draw)[rows]
+    return noise_of(noise_seeds, image_shape(images)), take(images, ids), ids
 
 
 def _joined(parts: Sequence[PairErrors]) -> PairErrors:

@@ -57,17 +57,17 @@ def sample_grid(
     Raises:
         InputError: no images, not grey or RGB, no columns, or captions of another number.
     """
-    tiles = _tiles(images, "images", target=THUMBNAIL)
+    enlarged = tiles(images, "images", target=THUMBNAIL)
     if columns < 1:
         raise InputError(f"{columns} columns: wanted at least one")
-    if captions is not None and len(captions) != len(tiles):
-        raise InputError(f"{len(captions)} captions for {len(tiles)} images: wanted one for each")
-    columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    height, width = tiles[0].shape[:2]
+    if captions is not None and len(captions) != len(enlarged):
+        raise InputError(f"{len(captions)} captions for {len(enlarged)} images: wanted one for each")
+    columns = min(columns, len(enlarged))
+    rows = -(-len(enlarged) // columns)
+    height, width = enlarged[0].shape[:2]
     gap, line = 4, (SMALL + 8 if captions is not None else 0)
     sheet = Sheet(columns * (width + gap) + gap, rows * (height + gap + line) + gap)
-    for i, tile in enumerate(tiles):
+    for i, tile in enumerate(enlarged):
         left = gap + i % columns * (width + gap)
         top = gap + i // columns * (height + gap + line)
         sheet.tile(tile, left, top)
@@ -222,7 +222,7 @@ def _check_columns(columns: Sequence[Column], seeds: int) -> None:
             )
 
 
-def _tiles(images: Tensor, what: str, *, target: int) -> list[np.ndarray]:
+def tiles(images: Tensor, what: str, *, target: int) -> list[np.ndarray]:
     """(h, w, 3) uint8 of each image, every pixel repeated until about `target` pixels wide."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise InputError(
@@ -284,8 +284,8 @@ class _Comparison:
         for name, start in (("sample", x), ("nearest", near)):
             place = (start + self.width / 2, self.top - 22 * self.scale)
             sheet.text(name, *place, self.small, width=self.width, colour=GREY)
-        images = _tiles(column.images, f"images of column {column.name!r}", target=TILE)
-        nearest = _tiles(column.nearest, f"nearest images of {column.name!r}", target=TILE)
+        images = tiles(column.images, f"images of column {column.name!r}", target=TILE)
+        nearest = tiles(column.nearest, f"nearest images of {column.name!r}", target=TILE)
         for row, distance in enumerate(column.distances.tolist()):
             y = self.top + row * self.step_y
             sheet.tile(images[row], x, y)

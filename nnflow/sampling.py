@@ -150,7 +150,7 @@ def _travel(field: Velocity, x: Tensor, label: Tensor | None, ends: list[float],
             x = _step(field, x, label, (start, stop), solver.method, field(x, start, label))
         else:
             estimate = field.estimate(x, start, label)
-            one = _is_one_image(estimate)
+            one = is_one_image(estimate)
             arrived[left[one]] = _straight(x[one], estimate.mean[one], start, ends[-1])
             left, x, first = left[~one], x[~one], estimate.velocity[~one]
             label = None if label is None else label[~one]
@@ -161,7 +161,7 @@ def _travel(field: Velocity, x: Tensor, label: Tensor | None, ends: list[float],
     return arrived
 
 
-def _is_one_image(estimate: Estimate) -> Bool[Tensor, " B"]:
+def is_one_image(estimate: Estimate) -> Bool[Tensor, " B"]:
     """Whether the mean is one stored image, to which the sample then moves straight.
 
     The effective sample size does not say it alone: a far field can put all mass on one image that it
@@ -215,7 +215,7 @@ class _Slopes:
         """Before every step: its first slope is the last one asked for, unless a step has been refused."""
         if self.asked is None or not torch.equal(self.asked[0], x):
             return
-        if bool(_is_one_image(self.asked[1]).all()):
+        if bool(is_one_image(self.asked[1]).all()):
             self.reached = _straight(x, self.asked[1].mean, float(t), self.stop)
             raise _Collapsed
 
@@ -250,7 +250,7 @@ def _close(field: Velocity, x: Tensor, t: float, label: Tensor | None) -> Tensor
     while len(left):
         estimate = field.estimate(x, t, None if label is None else label[left])
         images[left] = estimate.mean
-        mixed = (~_is_one_image(estimate)).nonzero()[:, 0]
+        mixed = (~is_one_image(estimate)).nonzero()[:, 0]
         if 1 - t < _NEAREST_END:
             break
         left = left[mixed]

@@ -176,7 +176,7 @@ def nearest_images(
             f"images of shape {tuple(x.shape)}: wanted finite values of shape (S, "
             f"{', '.join(map(str, store.shape[1:]))})"
         )
-    store.written.check()
+    store.check_unchanged()
     rows = store.rows(x.device)
     flat = x.detach().flatten(1).float()
     wanted = min(k + _WEIGHED, len(store))

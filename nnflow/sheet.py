@@ -1,4 +1,4 @@
-"""A page of tiles, letters and axes, written as PNG with the same bytes every time.
+"""A page of tiles, letters and axes, written as PNG or PDF with the same bytes every time.
 
 matplotlib is imported when the first page is made, used through its objects (no pyplot, no backend
 to choose, no state left behind), and by this module only.
@@ -56,12 +56,12 @@ class Sheet:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 
-    def scale(self, axes: Any, values: Sequence[float]) -> None:
-        """A logarithmic y axis where positive `values` span more than a factor of 20."""
+    def scale(self, axes: Any, values: Sequence[float], *, least: Number = 20) -> None:
+        """A logarithmic y axis where positive `values` span more than a factor of `least`."""
         from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         low, high = min(values), max(values)
-        if not 0 < 20 * low < high:
+        if not 0 < least * low < high:
             axes.set_ylim(0, None)
             return
         axes.set_yscale("log")
@@ -81,6 +81,39 @@ class Sheet:
             borderaxespad=0.3,
             columnspacing=1.2,
         )
+
+    def ramp(self, count: int) -> list[Any]:
+        """`count` colours from dark to light for things in an order, in any print and to any eye."""
+        from matplotlib import colormaps
+
+        return [colormaps["viridis"](0.85 * i / max(1, count - 1)) for i in range(count)]
+
+    def heat(
+        self,
+        axes: Any,
+        x_edges: Sequence[float],
+        y_edges: Sequence[float],
+        values: Sequence[Sequence[float]],
+        *,
+        colours: str,
+        top: Number,
+    ) -> Any:
+        """A map of `values` (rows along y) from 0 to `top`, shaded by their square roots; for `colour_bar`.
+
+        The root shows what is a hundredth of the top at a tenth of the shade.
+        """
+        from matplotlib.colors import PowerNorm
+
+        return axes.pcolormesh(
+            x_edges, y_edges, values, cmap=colours, norm=PowerNorm(0.5, 0, top), rasterized=True
+        )
+
+    def colour_bar(self, shown: Any, axes: Any, name: str) -> None:
+        """The scale of a map, in axes of its own."""
+        bar = self._figure.colorbar(shown, cax=axes)
+        bar.outline.set_visible(False)
+        axes.set_ylabel(name, fontproperties=self.font(MEDIUM))
+        axes.tick_params(labelsize=SMALL * 72 / DPI, labelfontfamily=FONT)
 
     def font(self, size: Number) -> Any:
         """Letters of `size` pixels."""
@@ -136,15 +169,42 @@ class Sheet:
             artist.set_text((_typeset(plain) if symbols else plain) + "…")
 
     def save(self, path: Path | str) -> None:
-        """Writes the page to `path`, whole or not at all, with no date and no version in it."""
+        """Writes the page to `path`, whole or not at all, with no date and no version in it.
+
+        A path that ends in .pdf gets a vector page, its tiles unchanged; any other a PNG.
+        """
         path = Path(path)
-        self._figure.figimage(self._pixels, 0, 0, origin="upper", zorder=-1)
-        self._canvas.draw()
-        page = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3])
         with disk_errors(path.parent, "creating"):
             path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
-            page.save(partial, format="png")
+            if path.suffix == ".pdf":
+                self._write_pdf(partial)
+            else:
+                Image.fromarray(self.pixels()).save(partial, format="png")
+
+    def pixels(self) -> np.ndarray:
+        """The page, uint8 (height, width, 3)."""
+        tiles = self._figure.figimage(self._pixels, 0, 0, origin="upper", zorder=-1)
+        self._canvas.draw()
+        tiles.remove()
+        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+
+    def _write_pdf(self, path: Path) -> None:
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+        tiled = bool((self._pixels != 255).any())
+        if tiled:  # figimage counts in pixels, of which a PDF has none
+            page = self._figure.add_axes((0, 0, 1, 1), zorder=-1)
+            page.imshow(self._pixels, aspect="auto", interpolation="none")
+            page.axis("off")
+        try:
+            nothing = dict.fromkeys(("CreationDate", "ModDate", "Producer", "Creator"))
+            with path.open("wb") as file:
+                FigureCanvasPdf(self._figure).print_pdf(file, metadata=nothing)
+        finally:
+            if tiled:
+                page.remove()
+            self._figure.set_canvas(self._canvas)
 
     def _width_of(self, artist: Any) -> float:
         return float(artist.get_window_extent(self._canvas.get_renderer()).width)
@@ -154,6 +214,26 @@ class Sheet:
         from matplotlib.font_manager import findfont, get_font
 
         return bool(get_font(findfont(FONT)).get_char_index(ord(character)))
+
+
+def save_film(pages: Sequence[np.ndarray], path: Path, *, milliseconds: int, last: int) -> None:
+    """Writes `pages`, uint8 (h, w, 3) of one size, as an endless GIF.
+
+    Args:
+        pages: in order, at least one.
+        path: of the GIF.
+        milliseconds: each page is shown, in steps of 10.
+        last: milliseconds of the last one.
+    """
+    # One palette, of a few pages: with one of its own, each page would flicker.
+    some = np.concatenate(pages[:: max(1, len(pages) // 4)])
+    palette = Image.fromarray(some).quantize(256, dither=Image.Dither.NONE)
+    frames = [Image.fromarray(page).quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    with disk_errors(path.parent, "creating"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [milliseconds] * (len(frames) - 1) + [last]
+    with whole_file(path) as partial:
+        frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _typeset(text: str) -> str:

@@ -38,8 +38,8 @@ class ImageStore:
     paths: Sequence[str]  # of the n images within their source
     fingerprint: str  # of pixels, labels, classes and shape
     pixels: Num[Tensor, "n D"]  # D = C*H*W; a read-only map of the file: writing to it crashes
-    written: Written  # when the file was, as it was opened
     codec: Codec = BYTES  # what the stored numbers stand for
+    written: Written | None = None  # when the file was, as it was opened; None in memory
 
     @classmethod
     def build(
@@ -134,9 +134,29 @@ class ImageStore:
         low, high = (int(rows.min()), int(rows.max())) if len(rows) else (0, 0)
         if low < 0 or high >= len(self):
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
-        self.written.check()
+        self.check_unchanged()
         chosen = self.pixels[rows].to(ids.device)
         return self.codec.values(chosen).reshape(len(rows), *self.shape[1:])
+
+    def check_unchanged(self) -> None:
+        """Refuses images whose file has been written to under this map of it: 2 us.
+
+        Raises:
+            StoreError: naming the file.
+        """
+        if self.written is not None:
+            self.written.check()
+
+    def refuse_latents(self, what: str) -> None:
+        """Refuses latents for what reads pixels.
+
+        Raises:
+            InputError: the store holds latents.
+        """
+        if not self.codec.of_pixels:
+            raise InputError(
+                f"{what}: of pixels only, {shown(self.folder)} holds latents; index the images themselves"
+            )
 
     def refuse_flip(self, flip: bool) -> None:
         """Refuses mirror images of latents: an autoencoder's latent of a mirrored image is another.

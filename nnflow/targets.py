@@ -3,12 +3,14 @@
 | name         | target at (x_t, t, x1)                                                          |
 |--------------|---------------------------------------------------------------------------------|
 | cfm          | x1 - x0                                                                         |
+| otcfm        | x1 - x0 of pairs by optimal transport within the batch (`pairs`, eq. 2)          |
 | efm-m        | soft-max mean over x1 and M - 1 uniform draws (arXiv 2506.03719)                |
 | efm          | u* from a field                                                                 |
 | efm-unbiased | S = what the field retrieves at x_t; its mean if x1 is in S, else x1 - x0       |
 
-All have mean u*(x_t, t) given x_t, except `efm` with a field that leaves images out. `efm-unbiased` has
-it for any index: x1 given x_t has the law w of eq. 3, and S does not depend on x1
+All have mean u*(x_t, t) given x_t, except `efm` with a field that leaves images out, and `otcfm`, whose
+pairs are not independent: it has another velocity, which leads from the same noise to the same images.
+`efm-unbiased` has it for any index: x1 given x_t has the law w of eq. 3, and S does not depend on x1
 (docs/field.md, section 5).
 
 With settling times (`settling`), `efm` and `efm-unbiased` take x1 - x0 for every pair that has settled,
@@ -16,7 +18,6 @@ unasked: all but about a third of those at t ~ U[0, 1] on CIFAR-10 (docs/field.m
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,63 +25,16 @@ from torch import Tensor
 
 from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
-from nnflow.path import along, interpolate
+from nnflow.pairs import Pairs, transported
+from nnflow.path import interpolate
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.tally import Tally
 from nnflow.velocity import EmpiricalVelocity, Estimate
 
-TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
+TARGETS = ("cfm", "otcfm", "efm-m", "efm", "efm-unbiased")
 
 _ALONE = 1e-6  # an image counts as alone in a sum whose ESS exceeds 1 by no more: 5e-7 for all others
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """B training pairs on their straight paths.
-
-    Attributes:
-        x0: noise.
-        x1: data.
-        xt: (1 - t) x0 + t x1.
-        t: in [0, 1).
-        ids: which stored image x1 is.
-        labels: its class, for class-conditional training.
-        flipped: whether x1 is its mirror image.
-        generator: of a target's own draws.
-        tally: where the estimates behind a target are counted.
-    """
-
-    x0: Float[Tensor, "B C H W"]
-    x1: Float[Tensor, "B C H W"]
-    xt: Float[Tensor, "B C H W"]
-    t: Float[Tensor, " B"]
-    ids: Int[Tensor, " B"] | None = None
-    labels: Int[Tensor, " B"] | None = None
-    flipped: Bool[Tensor, " B"] | None = None
-    generator: torch.Generator | None = None
-    tally: Tally | None = None
-
-    def take(self, rows: Tensor | slice) -> "Pairs":
-        """Some of the pairs, by number, mask or slice."""
-        return replace(
-            self,
-            x0=self.x0[rows],
-            x1=self.x1[rows],
-            xt=self.xt[rows],
-            t=self.t[rows],
-            ids=None if self.ids is None else self.ids[rows],
-            labels=None if self.labels is None else self.labels[rows],
-            flipped=None if self.flipped is None else self.flipped[rows],
-        )
-
-    def velocity_of(self, mean: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """(mean - xt) / (1 - t), written so that it is x1 - x0 where the mean is x1.
-
-        mean - xt cancels to a float32 rounding of 1e-7, which 1 / (1 - t) multiplies: at t = 1 - 1e-6 that
-        is a tenth of a standard deviation.
-        """
-        return self.x1 - self.x0 + (mean - self.x1) / (1 - along(self.t, self.x1))
 
 
 class Target(ABC):
@@ -274,10 +228,21 @@ class EmpiricalFlowMatcher:
 
     Args:
         target: a `Target`, or a field for the target `efm`.
+        transport: pair noise and data by optimal transport within each batch, as `otcfm` does; only
+            for a target that asks nothing of u*, the velocity of independent pairs.
+
+    Raises:
+        InputError: `transport` with another target than x1 - x0.
     """
 
-    def __init__(self, target: Target | EmpiricalVelocity) -> None:
+    def __init__(self, target: Target | EmpiricalVelocity, *, transport: bool = False) -> None:
         self.target = EmpiricalTarget(target) if isinstance(target, EmpiricalVelocity) else target
+        if transport and not isinstance(self.target, ConditionalTarget):
+            raise InputError(
+                f"transport with {type(self.target).__name__}: u* is the velocity of independent pairs; "
+                "wanted ConditionalTarget"
+            )
+        self.transport = transport
 
     @full_float32()
     @torch.no_grad()
@@ -296,7 +261,8 @@ class EmpiricalFlowMatcher:
         """A point on each pair's straight path and the velocity to regress on there.
 
         Args:
-            x0: noise, float32 (B, C, H, W).
+            x0: noise, float32 (B, C, H, W); `otcfm` takes it in another order, within a class if `labels`
+                are given.
             x1: data, the same shape, in [-1, 1].
             t: times in [0, 1), (B,); uniform when None.
             ids: which stored image each x1 is, int64 (B,); `efm-unbiased` needs it.
@@ -318,6 +284,8 @@ class EmpiricalFlowMatcher:
         t = t.float()  # before it is checked: 1 - 1e-9 in float64 is 1 in float32
         if t.shape != (len(x1),) or not bool(((t >= 0) & (t < 1)).all()):
             raise InputError(f"t of shape {tuple(t.shape)}: wanted ({len(x1)},), each in [0, 1)")
+        if self.transport:
+            x0 = transported(x0, x1, labels)
         pairs = Pairs(
             x0=x0,
             x1=x1,
@@ -359,6 +327,8 @@ def make_matcher(
     """
     if name == "cfm":
         return EmpiricalFlowMatcher(ConditionalTarget())
+    if name == "otcfm":
+        return EmpiricalFlowMatcher(ConditionalTarget(), transport=True)
     if name == "efm-m":
         return EmpiricalFlowMatcher(MinibatchTarget(store, samples=samples, flip=flip, memory=memory))
     if name not in TARGETS:

@@ -98,8 +98,8 @@ def train(
         stack.enter_context(_same_random_state_after(accelerator.device))
         # Else weights would depend on a switch of the caller's, and on when targets are made beside them.
         stack.enter_context(full_float32())
-        matcher = _matcher(source, config, accelerator.device)
-        record = _record(source, config)
+        matcher = matcher_of(source, config, accelerator.device)
+        record = run_record(source, config)
         network = build(config, record.shape, len(record.classes))
         if accelerator.is_main_process:
             stack.enter_context(folder_lock(run))
@@ -188,10 +188,15 @@ def _accelerator(config: TrainConfig) -> Any:
     return accelerator
 
 
-def _matcher(
+def matcher_of(
     source: ImageStore | NeighbourIndex, config: TrainConfig, device: torch.device
 ) -> EmpiricalFlowMatcher:
-    """What turns a batch into targets."""
+    """What turns a batch into the targets of a run of `config` on the images of `source`.
+
+    Raises:
+        InputError: a field that needs neighbours, and no index.
+        StoreError: a near-and-far field, and an index that has not been calibrated.
+    """
     store = source.store if isinstance(source, NeighbourIndex) else source
     name, memory = _field_name(config), parse_bytes(config.memory)
     field = settling = None
@@ -230,7 +235,8 @@ def _field_name(config: TrainConfig) -> str | None:
     return config.field if config.target in ("efm", "efm-unbiased") else None
 
 
-def _record(source: ImageStore | NeighbourIndex, config: TrainConfig) -> RunRecord:
+def run_record(source: ImageStore | NeighbourIndex, config: TrainConfig) -> RunRecord:
+    """What a run of `config` on the images of `source` is: all that its weights depend on."""
     store = source.store if isinstance(source, NeighbourIndex) else source
     return RunRecord(
         config=config,

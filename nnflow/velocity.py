@@ -215,7 +215,7 @@ class EmpiricalVelocity(Velocity):
             StoreError: the file of the images has been written to since it was opened.
         """
         times = self._checked(x, t)
-        self.store.written.check()
+        self.store.check_unchanged()
         flat = x.flatten(1)
         part = self._over_classes(flat, times, label)
         if self.flip:

@@ -87,7 +87,7 @@ class Spy(EmpiricalFlowMatcher):
 
 def spied(monkeypatch, answer=None):
     spy = Spy(answer)
-    monkeypatch.setattr(training, "_matcher", lambda *_: spy)
+    monkeypatch.setattr(training, "matcher_of", lambda *_: spy)
     return spy
 
 

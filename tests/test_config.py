@@ -89,7 +89,7 @@ def test_every_knob_tells_the_command_line_what_it_is():
         ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),
         ({"flip": 1}, r"flip is 1: wanted true or false"),
-        ({"target": "otcfm"}, r"target is 'otcfm': wanted one of cfm, efm-m"),
+        ({"target": "ot"}, r"target is 'ot': wanted one of cfm, otcfm, efm-m"),
         ({"field": None}, r"field is None: wanted one of exact, nearest, near-and-far"),
         ({"tolerance": 0.0}, r"tolerance is 0\.0: wanted a number from 1e-06 to 1"),
         ({"memory": "much"}, r"memory budget 'much'"),

@@ -20,13 +20,17 @@ import nnflow
 from nnflow import unfinished, unsealed
 from nnflow.calibrating import calibrate
 from nnflow.calibration import Calibration
+from nnflow.classifying import train_classifier
 from nnflow.cli import main
 from nnflow.config import resolve
 from nnflow.errors import InputError, SourceError, StoreError
+from nnflow.features import Pixels
+from nnflow.figures.inputs import Inputs
 from nnflow.hdf5file import read_header
 from nnflow.index import NeighbourIndex
 from nnflow.ingest import build_images
 from nnflow.latents import open_decoder, pictures_of
+from nnflow.quality import image_quality
 from nnflow.sources import arrays, open_source
 from nnflow.store import ImageStore
 from nnflow.training import train
@@ -181,6 +185,21 @@ def test_what_suits_only_pixels_or_only_latents(tmp_path: Path) -> None:
     assert len(ImageStore.build(tmp_path / "z.npy", tmp_path / "out")) == N
     with refused(StoreError, "built with another scaling rms, asked for 0.5"):
         ImageStore.build(tmp_path / "z.npy", tmp_path / "out", scaling=0.5)
+
+
+def test_what_reads_pixels_refuses_latents(tmp_path: Path) -> None:
+    names = [f"{number % 2}" for number in range(8)]
+    latents = latents_of(torch.from_numpy(raw()[:8]), tmp_path / "z", classes=names)
+    with refused(InputError, r"a classifier: of pixels only, .*out holds latents; index the images"):
+        train_classifier(latents, tmp_path / "classifier")
+    with refused(InputError, "features: of pixels only"):
+        image_quality(Pixels(latents.shape[1:]), latents, samples=latents.images(torch.arange(4)))
+    pixels = store_of(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), tmp_path / "p")
+    inputs = Inputs(out=tmp_path, index=latents.folder, held_out=latents.folder)
+    with refused(InputError, "figures: of pixels only"):
+        inputs.store  # noqa: B018
+    with refused(InputError, "figures: of pixels only"):
+        Inputs(out=tmp_path, index=pixels.folder, held_out=latents.folder).held_out_store  # noqa: B018
 
 
 def test_damage_never_raises_anything_else(tmp_path: Path) -> None:

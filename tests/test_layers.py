@@ -17,9 +17,17 @@ sources.base sources.folder sources.archive sources.shards sources.tables source
 sources.subset sources decode hdf5file unsealed recipes ingest store latents
 integers embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
 support nearfield scan residual ladder products farfield calibration planned velocity calibrating settling
-tally targets config unet checkpoint diary batches trainer training
-sampling metrics evaluation sheet plots curves
-cli.options cli.calibrate cli.index cli.train cli.sample cli.evaluate cli
+tally pairs targets config unet checkpoint diary batches trainer training
+sampling metrics
+imageset features classifier classifying frechet mmd manifold quality
+evaluation noise paired sheet plots curves
+figures figures.parts figures.inputs figures.experiment figures.pictures figures.points figures.alignment
+figures.sizes figures.spectra figures.drawn figures.drawn.cosines figures.drawn.dimension
+figures.walk figures.drawn.trajectories figures.drawn.plane
+figures.plane figures.cosines figures.dimension figures.trajectories
+figures.networks figures.drawn.tiles figures.compared figures.drawn.capacity figures.drawn.tau
+figures.drawn.targets figures.capacity figures.tau figures.targets figures.registry report
+cli.options cli.calibrate cli.index cli.train cli.sample cli.classifier cli.evaluate cli.figures cli
 """.split()  # noqa: SIM905
 SPECIAL = {"", "__main__"}  # the public names; the door to the command line
 
@@ -30,7 +38,7 @@ ONLY = {
     "diffusers": {"unet"},
     "accelerate": {"training"},
     "torchdiffeq": {"sampling"},
-    "safetensors": {"embedding", "unfinished", "unet", "checkpoint"},
+    "safetensors": {"embedding", "unfinished", "unet", "checkpoint", "classifying"},
     "pyarrow": {"sources.parquet"},
     "click": {name for name in ORDER if name.startswith("cli")},
 }

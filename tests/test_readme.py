@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from contract import pixels_of
 from PIL import Image
@@ -45,6 +46,9 @@ def commands() -> list[str]:
 def test_the_commands_are_understood(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = cli.commands[name]
+    if isinstance(command, click.Group):
+        name, *arguments = arguments
+        command = command.commands[name]
     context = command.make_context(name, arguments)
     assert context.params
 

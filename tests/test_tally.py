@@ -98,6 +98,7 @@ def test_unknown_bounds_certify_nothing_and_unmeasured_errors_do_not_count() -> 
         ids=torch.zeros(3, 1, dtype=torch.int64),
         whole=ones > 2,
         candidates=ones.long(),
+        far_mass=0 * ones,
         error=torch.tensor([0.002, torch.nan, 0.004]),
         ladder=("index/1",) * 3,
     )

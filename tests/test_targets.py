@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
+from nnflow.pairs import Pairs, transported
 from nnflow.settling import settling_times
 from nnflow.store import ImageStore
-from nnflow.targets import TARGETS, EmpiricalFlowMatcher, MinibatchTarget, Pairs, make_matcher
+from nnflow.targets import TARGETS, EmpiricalFlowMatcher, MinibatchTarget, make_matcher
 from nnflow.velocity import EmpiricalVelocity, Estimate
 
 NAMES = ["ant"] * 6 + ["bee"] * 14
@@ -369,3 +370,21 @@ def test_what_a_target_needs_and_lacks_is_said(store: ImageStore) -> None:
         make_matcher("efm", store, field=exact(store), settling=torch.ones(19))
     with pytest.raises(InputError, match="samples = 0"):
         make_matcher("efm-m", store, samples=0)
+
+
+def test_otcfm_pairs_within_the_batch_and_leaves_the_images_in_place(store: ImageStore) -> None:
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.randint(len(store), (24,), generator=generator)
+    x1, t = store.images(ids), torch.rand(24, generator=generator)
+    x0 = torch.randn(x1.shape, generator=generator)
+    _, xt, ut = make_matcher("otcfm", store).sample_location_and_conditional_flow(x0, x1, t)
+    time = t[:, None, None, None]
+    noise = xt - time * ut  # x_t = x0 + t (x1 - x0)
+    torch.testing.assert_close(noise + ut, x1, atol=1e-5, rtol=0)
+    torch.testing.assert_close(noise, transported(x0, x1), atol=1e-5, rtol=0)
+    assert (noise - x0).abs().max() > 1, "the pairs are as they were drawn"
+
+
+def test_transport_is_refused_where_u_star_is_asked(store: ImageStore) -> None:
+    with pytest.raises(InputError, match="EmpiricalTarget: u\\* is the velocity of independent pairs"):
+        EmpiricalFlowMatcher(exact(store), transport=True)

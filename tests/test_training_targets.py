@@ -141,7 +141,7 @@ def test_the_estimates_behind_the_targets_are_told(store, tmp_path):
     assert points(done.folder, "targets/tail_mass") == [(2, 0), (4, 0), (6, 0)]
 
 
-@pytest.mark.parametrize("target", ["cfm", "efm", "efm-unbiased"])
+@pytest.mark.parametrize("target", ["cfm", "otcfm", "efm", "efm-unbiased"])
 def test_every_target_trains(store, tmp_path, target):
     index = NeighbourIndex.build(store, store.folder, rank="pixels")
     done = train(index, tmp_path / "run", tiny(target=target, field="nearest", k=3, steps=2))

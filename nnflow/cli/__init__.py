@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import click
 
 from nnflow.cli.calibrate import calibrate
+from nnflow.cli.classifier import classifier
 from nnflow.cli.evaluate import evaluate
+from nnflow.cli.figures import figures, report
 from nnflow.cli.index import index, info
 from nnflow.cli.sample import sample
 from nnflow.cli.train import train
@@ -27,10 +29,11 @@ def cli() -> None:
     nnflow train OUT --out runs/a             a network trained on the closed form
     nnflow sample --index OUT --run runs/a --field empirical,learned --out samples/a
     nnflow evaluate --index OUT --run runs/a --samples samples/a --out evaluation/a
+    nnflow figures all --index OUT --run runs/a --out figures     the paper's experiments
     """
 
 
-for command in (index, info, calibrate, train, sample, evaluate):
+for command in (index, info, calibrate, train, sample, classifier, evaluate, figures, report):
     cli.add_command(command)
 
 

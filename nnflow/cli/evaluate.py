@@ -6,14 +6,15 @@ from typing import Any
 
 import click
 
+from nnflow.checkpoint import learned_field
 from nnflow.cli.options import (
     FOLDER,
     chosen_device,
     chosen_estimator,
+    chosen_extractor,
     device_option,
     empirical_field,
     estimator_options,
-    learned_field,
     memory_option,
     new_folder,
 )
@@ -24,6 +25,7 @@ from nnflow.evaluation import evaluate as measure
 from nnflow.files import shown, write_json
 from nnflow.metrics import MemorisedFraction
 from nnflow.plots import distance_histogram, error_over_time
+from nnflow.quality import ImageQuality
 from nnflow.store import ImageStore
 
 
@@ -35,25 +37,40 @@ from nnflow.store import ImageStore
 @click.option("--run", type=FOLDER, default=None, help="Training run whose u_theta is held against u*.")
 @click.option("--held-out", type=FOLDER, default=None, help="Index of images not trained on: the null.")
 @click.option("--pairs", type=click.IntRange(min=1), default=256, show_default=True, help="For the error.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of these pairs.")
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="NAME",
+    help="Compare samples, held-out and training images in pixels, pca, pca:64, classifier:DIR (see nnflow "
+    "classifier) or torchscript:FILE (Inception-V3, DINOv2 ...); may be given several times.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of pairs and of subsets."
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder for what is written.")
 @estimator_options(default="exact")
 @memory_option
 @device_option
 def evaluate(
-    index: Path, samples: Path | None, run: Path | None, held_out: Path | None, pairs: int, seed: int,
-    out: Path, estimator: str, tolerance: float, k: int, memory: int, device: str | None,
+    index: Path, samples: Path | None, run: Path | None, held_out: Path | None, pairs: int,
+    features: tuple[str, ...], seed: int, out: Path, estimator: str, tolerance: float, k: int, memory: int,
+    device: str | None,
 ) -> None:  # fmt: skip
     """Measure memorisation of samples and the error of a network against u*.
 
     A sample counts as memorised when it is three times nearer to one training image than to any other.
+    With --features, Frechet distance (FID in these features), KID, precision and recall of samples against
+    training and held-out images, and of as many held-out images against the training images, the null.
     Writes evaluation.json, distances.png (with --samples or --held-out) and error.png (with --run).
     """
     if samples is None and run is None and held_out is None:
         raise InputError("nothing to evaluate: name --samples, --run or --held-out")
+    if features and samples is None and held_out is None:
+        raise InputError("--features compares images: name --samples or --held-out")
     where = chosen_device(device)
     store = ImageStore.open(index)
     images, seeds = (None, ()) if samples is None else read_samples(samples)
+    extractors = [chosen_extractor(name, index, store, where) for name in features]
     learned = field = None
     chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
     if run is not None:
@@ -71,6 +88,7 @@ def evaluate(
         pairs=pairs,
         seed=seed,
         sample_seeds=seeds,
+        extractors=extractors,
         conditional=learned is not None and learned.classes > 0,
         device=where if learned is not None else None,
         memory=memory,
@@ -79,6 +97,7 @@ def evaluate(
     config: dict[str, Any] = {
         "index": str(index), "samples": None if samples is None else str(samples),
         "run": None if run is None else str(run), "held_out": None if held_out is None else str(held_out),
+        "features": list(features),
         **dataclasses.asdict(chosen),
     }  # fmt: skip
     _write(out, result, config)
@@ -97,6 +116,8 @@ def _write(out: Path, result: Evaluation, config: dict[str, Any]) -> None:
         near = getattr(result, name)
         if near is not None:
             click.echo(f"{name.replace('_', '-')}: {_in_words(near.memorised)}")
+    for found in result.quality:
+        _tell(found)
     if result.error is not None:
         worst, when = max(zip(result.error.mean_squared, result.error.times, strict=True))
         click.echo(f"u_theta against u*: mean squared error per value at most {worst:.3g}, at t = {when:g}")
@@ -110,3 +131,21 @@ def _in_words(memorised: MemorisedFraction) -> str:
         f"{values['memorised']} of {values['images']} memorised, {100 * values['fraction']:.1f} % "
         f"(95 % interval {100 * values['low']:.1f} to {100 * values['high']:.1f} %)"
     )
+
+
+def _tell(found: ImageQuality) -> None:
+    """One line for each comparison under one extractor."""
+    name = f"{found.extractor['name']} ({found.extractor['features']} features)"
+    pairs = (
+        ("samples against training images", found.to_training),
+        ("samples against held-out images", found.to_held_out),
+        ("held-out against training images", found.null),
+    )
+    for what, quality in pairs:
+        if quality is not None:
+            frechet, both = quality.frechet, quality.precision_recall
+            error = "" if frechet.standard_error is None else f" +- {frechet.standard_error:.2g}"
+            click.echo(
+                f"{name}, {frechet.count} {what}: Frechet {frechet.value:.4g}{error}, "
+                f"KID {quality.kernel.value:.3g}, precision {both.precision:.3f}, recall {both.recall:.3f}"
+            )

@@ -10,14 +10,16 @@ import click
 import torch
 
 from nnflow.calibration import Calibration
-from nnflow.checkpoint import read_record
+from nnflow.classifier import Classifier
+from nnflow.embedding import Embedding
 from nnflow.errors import InputError, NNFlowError, StoreError
+from nnflow.features import FeatureExtractor, Pixels, PrincipalCoordinates, Scripted
 from nnflow.files import disk_errors, shown
 from nnflow.index import NeighbourIndex
 from nnflow.latents import Decode, open_decoder
+from nnflow.manifest import EMBEDDING
 from nnflow.memory import parse_bytes
 from nnflow.store import ImageStore
-from nnflow.unet import LearnedVelocity
 from nnflow.velocity import EmpiricalVelocity
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -224,21 +226,24 @@ def empirical_field(
     )
 
 
-def learned_field(run: Path, store: ImageStore, *, ema: bool, device: torch.device) -> LearnedVelocity:
-    """The network of a training run on the images of `store`.
+def chosen_extractor(text: str, out: Path, store: ImageStore, device: torch.device) -> FeatureExtractor:
+    """The features called `text`, of images like those of `store`, which lies in `out`.
 
     Raises:
-        InputError: it was trained on other images, so u* of these says nothing about it.
+        InputError: none of that name.
     """
-    learned = LearnedVelocity.open(run, ema=ema, device=device)
-    if (run / "config.json").exists() and (run / "checkpoints").exists():
-        trained_on = read_record(run).images
-        if trained_on != store.fingerprint:
-            raise InputError(
-                f"{shown(run)}: trained on other images ({trained_on[:12]}...) than {shown(store.folder)} "
-                f"holds ({store.fingerprint[:12]}...); name the index it was trained on"
-            )
-    return learned
+    kind, _, rest = text.partition(":")
+    if text == "pixels":
+        return Pixels(store.shape[1:])
+    if kind == "pca" and (text == "pca" or rest.isdecimal()):
+        return PrincipalCoordinates.leading(Embedding.open(out / EMBEDDING), int(rest) if rest else None)
+    if kind == "classifier" and rest:
+        return Classifier.open(rest, device=device)
+    if kind == "torchscript" and rest:
+        return Scripted.open(rest, device=device)
+    raise InputError(
+        f"features {shown(text)}: wanted pixels, pca, pca:64, classifier:DIR or torchscript:FILE"
+    )
 
 
 def class_number(store: ImageStore, name: str | None) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnflow.checkpoint import learned_field
 from nnflow.cli.options import (
     FOLDER,
     ListType,
@@ -23,7 +24,6 @@ from nnflow.cli.options import (
     device_option,
     empirical_field,
     estimator_options,
-    learned_field,
     memory_option,
     new_folder,
 )

@@ -50,10 +50,15 @@ def selected(
             stacklevel=2,
         )
     if limit is not None and limit < len(positions):
-        # Raw output of the generator: unlike its distributions, the same in every release of numpy.
-        keys = np.random.PCG64(seed).random_raw(len(positions))
-        positions = np.sort(positions[np.argsort(keys, kind="stable")[:limit]])
+        positions = positions[drawn(len(positions), limit, seed=seed)]
     return source if len(positions) == len(source.items) else _Subset(source, positions)
+
+
+def drawn(count: int, limit: int, *, seed: int) -> Int[np.ndarray, " n"]:
+    """Ascending numbers below `count`, `limit` of them; the draws of one seed are nested."""
+    # Raw output of the generator: unlike its distributions, the same in every release of numpy.
+    keys = np.random.PCG64(seed).random_raw(count)
+    return np.sort(np.argsort(keys, kind="stable")[:limit])
 
 
 class _Subset(Source):
