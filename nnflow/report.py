@@ -38,7 +38,9 @@ th { color: var(--quiet); white-space: nowrap; }
 code { font-size: .9em; background: color-mix(in srgb, var(--line) 35%, transparent); padding: .1em .3em; }
 .missing p { margin: .5rem 0; }
 @media print { body { font-size: 10pt; } main { max-width: none; padding: 0; }
-  section { break-inside: avoid; } nav { display: none; } }
+  h2, .claim { break-inside: avoid; break-after: avoid; } table { font-size: 7pt; } nav { display: none; }
+  img { break-inside: avoid; width: auto; max-width: 100%; max-height: 21cm;
+    margin-left: auto; margin-right: auto; } }
 """
 
 
