@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,3 +20,19 @@ def store_of(pixels: Tensor, folder: Path, *, classes: list[str] | None = None) 
     return ImageStore.build(
         source, folder / "out", size=pixels.shape[-1], grey=pixels.shape[1] == 1, workers=1
     )
+
+
+def striped(count: int, seed: int) -> Tensor:
+    """Noise with a bright row for one class, a bright column for the other, somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(120, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    for number, place in enumerate(torch.randint(8, (count,), generator=generator).tolist()):
+        line = images[number, 0, place] if number < count // 2 else images[number, 0, :, place]
+        line += 100
+    return images
+
+
+def stripes(count: int, folder: Path, seed: int, names: tuple[str, str] = ("column", "row")) -> ImageStore:
+    """A store of `striped` images under these names."""
+    half = count // 2
+    return store_of(striped(count, seed), folder, classes=[names[1]] * half + [names[0]] * half)
