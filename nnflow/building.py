@@ -38,6 +38,7 @@ from nnflow.files import disk_errors, file_mark, read_json, sync_folder, write_j
 from nnflow.fitting import fit_embedding, fitting_of
 from nnflow.manifest import COORDINATES, EMBEDDING, INDEX, MANIFEST, PARTS, check_part
 from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.precision import full_float32
 from nnflow.probing import set_probes
 from nnflow.store import ImageStore
 from nnflow.unfinished import Unfinished
@@ -80,6 +81,7 @@ class Parts:
     manifest: dict[str, Any]
 
 
+@full_float32()
 def build_parts(order: Order) -> Parts | None:
     """Builds what `order` asks for, or the rest of it; None where only places were left to be changed.
 

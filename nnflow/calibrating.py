@@ -23,6 +23,7 @@ from nnflow.memory import DEFAULT_BUDGET
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
 from nnflow.planned import settled, support_of
+from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.support import Support
 
@@ -30,7 +31,7 @@ from nnflow.support import Support
 LADDERS = (
     *("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "128/100 alone", "512/100 alone"),
     *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
-    *("512/100", "512/300", "64/1000 512/100", "128/3000 512/100", "256/3000 512/300", "512/1000"),
+    *("512/50", "512/100", "512/300", "64/1000 512/100", "128/3000 512/100", "256/3000 512/300", "512/1000"),
 )
 # Besides, what the index finds by itself where it need not compare all images.
 SEARCHES = ("index/8", "index/32", "index/100")
@@ -175,6 +176,7 @@ def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
     return known and ranks[0] < dim and ladder.levels[0][1] < count
 
 
+@full_float32()
 def calibrate(
     index: NeighbourIndex,
     *,

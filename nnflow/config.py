@@ -1,4 +1,4 @@
-"""Every knob of a training run, its range, and two sets of values that belong together.
+"""Every knob of a training run, its range, and sets of values that belong together.
 
 The command line makes one option of each field: `metadata` holds its help, its range (`low`,
 `high`, both included) or its `choices`. The values a run was made with are saved beside it, and a
@@ -18,8 +18,8 @@ from nnflow.memory import parse_bytes
 _TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
 _LARGEST = 2**63 - 1
 
-# These change what is written down on the way, never the weights, so a resumed run may change them.
-BOOKKEEPING = frozenset({"checkpoint_every", "keep", "sample_every", "log_every"})
+# These change what is written down on the way and when, never the weights, so a resumed run may change them.
+BOOKKEEPING = frozenset({"checkpoint_every", "keep", "sample_every", "log_every", "prefetch"})
 
 
 def _knob(
@@ -54,6 +54,11 @@ class TrainConfig:
         0.01, "relative velocity error of near-and-far, by the index's calibration", low=1e-6, high=1.0
     )
     memory: str = _knob("1GiB", "working memory of the target, e.g. 512MiB")
+    prefetch: str = _knob(
+        "auto",
+        "make targets beside the network, in a thread; auto does on a GPU, not on the cores it would share",
+        choices=("auto", "on", "off"),
+    )
 
     steps: int = _knob(500_000, "optimiser steps in all", low=1, high=99_999_999)
     batch: int = _knob(128, "images per step, over all processes", low=1)
@@ -200,10 +205,20 @@ def _number(knob: "dataclasses.Field[Any]", value: Any, kind: type) -> Any:
     return kind(value)
 
 
-# The recipe of arXiv 2506.03719 for CIFAR-10, and one for scikit-learn's 8x8 digits on a laptop.
+# The recipe of arXiv 2506.03719 for CIFAR-10; one for 64x64 on a GPU; one for scikit-learn's 8x8 digits on a
+# laptop. `imagenet64` has the widths of facebookresearch/flow_matching's ImageNet example (there in
+# examples/image/models/model_configs.py), which are those of ADM (arXiv 2105.05233): 192 channels times 1, 2,
+# 3, 4; 3 blocks; attention at a half, a quarter and an eighth of the side; 64 channels a head; Adam 1e-4.
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
         "cifar10": TrainConfig(),
+        "imagenet64": TrainConfig(
+            learning_rate=1e-4,
+            mixed_precision="bf16",
+            channels=(192, 384, 576, 768),
+            blocks=3,
+            attention=(32, 16, 8),
+        ),
         "digits": TrainConfig(
             steps=1_600,
             batch=64,

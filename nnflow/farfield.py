@@ -29,6 +29,9 @@ from nnflow.weighted import WeightedMean
 # what its coordinates leave open, is not read from the store.
 _IRRELEVANT, _DEVIATIONS = 20.0, 6.0
 _WIDTHS = (2, 8, 32, 128, 512)  # candidates per query, rounded up to one of these
+# Coordinates of their mean that are summed; of the others eq. 11 has the mean. With 128 of 512 the 99th
+# percentile of the error rises from .36 to .46 % at t = .1 (CIFAR-10, 512/100), with 64 to .63 %.
+_SUMMED = 128
 _FAINT = 9.0  # a rest of less than exp(-9) = 1.2e-4 of the mass: its mean is not summed, only estimated
 
 
@@ -153,7 +156,8 @@ class NearAndFar(Support):
     def _rest(self, queries: _Queries, level: _Level, near: WeightedMean) -> _Rest:
         """Mass and mean coordinates of the images a level leaves behind; overwrites its scores.
 
-        A rest that holds next to nothing of the mass has the mean of the Gaussian of all images (eq. 11).
+        A rest that holds next to nothing of the mass has the mean of the Gaussian of all images (eq. 11), and
+        so have the others beyond the first coordinates.
         """
         scores, rank = level.scores.values, level.rank
         rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
@@ -166,9 +170,9 @@ class NearAndFar(Support):
         matters = constant + level.scores.log_bound(top) > near.log_mass - _FAINT
         log_mass, log_square = torch.empty_like(constant), torch.empty_like(constant)
         some, others = matters.nonzero()[:, 0], (~matters).nonzero()[:, 0]
-        left = weighted(scores, top, level.rows, some)
+        left = weighted(scores, top, level.rows[..., :_SUMMED], some)
         log_mass[some], log_square[some] = left.log_mass, left.log_square
-        mean[some, :rank] = self.coordinates.values(left.mean)
+        mean[some, : left.mean.shape[1]] = self.coordinates.values(left.mean)
         log_mass[others], log_square[others] = masses(scores, top, others)
         return _Rest(constant + log_mass, 2 * constant + log_square, mean)
 

@@ -4,6 +4,7 @@ Pages of a mapped file count as memory of the process once they have been read, 
 take them back at any time: a stream over a map of 4 GB ends with 4 GB resident.
 """
 
+import ctypes
 import math
 import mmap
 import warnings
@@ -51,3 +52,21 @@ def let_go(rows: Shaped[Tensor, "..."]) -> None:
     start = offset + rows.data_ptr() - begin
     first = max(0, start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
     held.madvise(mmap.MADV_DONTNEED, first, start + rows.nbytes - first)
+
+
+def maps_of(path: Path) -> tuple[tuple[int, int], ...]:
+    """Addresses, first and end, at which this process has mapped `path` by now; () where that is not told."""
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return ()
+    wanted = str(path.resolve())
+    found = [line.split(maxsplit=5) for line in lines if line.endswith(wanted)]
+    spans = [fields[0].split("-") for fields in found if len(fields) == 6 and fields[5] == wanted]
+    return tuple((int(first, 16), int(end, 16)) for first, end in spans)
+
+
+def let_go_of(maps: tuple[tuple[int, int], ...]) -> None:
+    """As `let_go`, of another library's read-only maps of files, which must still be there."""
+    for first, end in maps:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

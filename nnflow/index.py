@@ -24,10 +24,11 @@ from nnflow.embedding import Embedding, embedding_digest
 from nnflow.errors import DegradedWarning, InputError, StoreError
 from nnflow.faiss_backend import (
     MAX_GPU_K,
+    Held,
     choose_kind,
     faiss,
     on_all_gpus,
-    read_index,
+    open_index,
     search_within,
 )
 from nnflow.files import folder_lock, shown
@@ -47,6 +48,7 @@ from nnflow.pixels import HALF_RANGE, PixelRows
 from nnflow.store import ImageStore
 from nnflow.unfinished import discard
 
+_NORM_ROWS = 1 << 13  # vectors squared at once
 _SCORES = 1 << 24  # scores of a flat scan held at once: 64 MiB
 
 
@@ -72,7 +74,7 @@ class NeighbourIndex:
         store: ImageStore,
         embedding: Embedding,
         coordinates: Coordinates,
-        vectors: Any,
+        held: Held,
         manifest: dict[str, Any],
     ) -> None:
         self.store = store
@@ -80,14 +82,16 @@ class NeighbourIndex:
         self.coordinates = coordinates
         self.manifest = manifest
         self.folder = store.folder
-        self._vectors = vectors
-        self._on_gpu = on_all_gpus(vectors)
+        self.held = held
+        vectors = self._vectors = held.vectors
+        self._on_gpu = None if held.mapped else on_all_gpus(vectors)
         self._flat: tuple[Tensor, Tensor] | None = None
         if self.exact:
             # A view of the vectors faiss holds, not a copy; `_vectors` keeps them alive.
-            held = faiss.rev_swig_ptr(vectors.get_xb(), vectors.ntotal * vectors.d)
-            matrix = torch.from_numpy(held.reshape(vectors.ntotal, vectors.d))
-            self._flat = matrix, 0.5 * matrix.square().sum(1)
+            view = faiss.rev_swig_ptr(vectors.get_xb(), vectors.ntotal * vectors.d)
+            matrix = torch.from_numpy(view.reshape(vectors.ntotal, vectors.d))
+            self._flat = matrix, 0.5 * torch.cat([rows.square().sum(1) for rows in matrix.split(_NORM_ROWS)])
+            held.let_go()
 
     def __len__(self) -> int:
         return len(self.store)
@@ -158,11 +162,17 @@ class NeighbourIndex:
             parts = build_parts(Order(store, settings, rank, choice, memory, seed, progress))
             if parts is None:
                 return cls.open(folder)
-            return cls(store, parts.embedding, parts.coordinates, parts.vectors, parts.manifest)
+            held = Held(parts.vectors, False, "in memory, where it was built")
+            return cls(store, parts.embedding, parts.coordinates, held, parts.manifest)
 
     @classmethod
-    def open(cls, path: str | Path) -> "NeighbourIndex":
+    def open(cls, path: str | Path, *, memory: int | None = None) -> "NeighbourIndex":
         """Opens a folder that `build` finished, after checking that its parts belong together.
+
+        Args:
+            path: the folder.
+            memory: bytes that the vectors searched may take; more stay in their file (`held.reason` says
+                which). By default half of what the machine has.
 
         Raises:
             StoreError: unfinished, truncated, of another version, or parts of different builds.
@@ -176,7 +186,8 @@ class NeighbourIndex:
             check_part(folder / name, manifest["files"][name])
         store = ImageStore.open(folder)
         embedding = Embedding.open(folder / EMBEDDING)
-        vectors = read_index(folder / INDEX)
+        held = open_index(folder / INDEX, memory)
+        vectors = held.vectors
         same = (
             store.fingerprint == embedding.store_fingerprint == manifest["store"]
             and embedding_digest(embedding) == manifest["embedding"]
@@ -189,7 +200,7 @@ class NeighbourIndex:
                 f"{MANIFEST} and run nnflow index again"
             )
         coordinates = Coordinates.open(folder / COORDINATES, embedding, len(store))
-        return cls(store, embedding, coordinates, vectors, manifest)
+        return cls(store, embedding, coordinates, held, manifest)
 
     def search(self, x: Tensor, k: int) -> tuple[Int[Tensor, "B k"], Float[Tensor, "B k"]]:
         """The `k` stored images nearest to `x` in the coordinates, ordered by distance in pixels.
@@ -239,6 +250,7 @@ class NeighbourIndex:
             else:
                 found, places = (self._on_gpu or self._vectors).search(queries, k)
             squares, ids = torch.from_numpy(found[:, -1]).double(), torch.from_numpy(places)
+        self.held.let_go()
         if self.exact:
             return Candidates(ids, squares - self._rounding(x.cpu(), coordinates))
         return Candidates(ids, torch.full_like(squares, -torch.inf))

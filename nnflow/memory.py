@@ -1,6 +1,8 @@
 """Memory budgets in words, and the only place where a block size is chosen."""
 
+import os
 import re
+from pathlib import Path
 
 from nnflow.errors import InputError
 
@@ -29,6 +31,17 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= size < _LARGEST:
         raise InputError(f"memory budget {text!r}: wanted at least one byte and less than 2**63")
     return int(size)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or less where a control group says so."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of versions 2 and 1
+        try:
+            found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return found
 
 
 def working_memory(whole: int) -> int:

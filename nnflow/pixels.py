@@ -5,6 +5,7 @@ exact, and the affine map is applied to the result: one pass less over the data.
 """
 
 from collections.abc import Iterator
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -15,6 +16,7 @@ from nnflow.memory import rows_within
 
 HALF_RANGE = 127.5  # p / HALF_RANGE - 1 maps 0..255 onto [-1, 1]
 _BLOCK_ROWS = 1024  # 12.6 MB of float32 at d = 3,072; from 256 to 4,096 the exact field's time moves by 6 %
+_copies: "WeakValueDictionary[tuple[int, int, torch.device], Tensor]" = WeakValueDictionary()
 _SCATTERED = 16  # rows read here and there at once: each may bring 400 KiB of its file along
 
 
@@ -22,7 +24,7 @@ class PixelRows:
     """n rows of D uint8 pixels, kept where they are and read as float32 on `device`.
 
     On a GPU the rows move into device memory when they fill at most `share` of what is free, and are
-    copied block by block when not.
+    copied block by block when not. Of the same pixels there is one such copy, however many read it.
     """
 
     def __init__(
@@ -31,8 +33,8 @@ class PixelRows:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            if pixels.nbytes <= share * free:
-                pixels = pixels.to(self.device)
+            if pixels.nbytes <= share * free or (share and _key(pixels, self.device) in _copies):
+                pixels = moved(pixels, self.device)
         self.pixels = pixels
         self.count, self.dim = pixels.shape
         self._norms: Tensor | None = None
@@ -47,7 +49,17 @@ class PixelRows:
 
     def read(self, start: int, stop: int, into: Float[Tensor, "R D"]) -> Float[Tensor, "r D"]:
         """Rows `start` to `stop` as p in 0..255, in the head of `into`."""
-        return into[: stop - start].copy_(self.pixels[start:stop])
+        return into[: stop - start].copy_(self._here(self.pixels[start:stop]))
+
+    def _here(self, rows: UInt8[Tensor, "m D"]) -> UInt8[Tensor, "m D"]:
+        """Rows on `device`, as the bytes they are: `copy_` would send floats, four times as much.
+
+        Through pinned memory to a GPU, which may still be copying when this returns; the allocator of pinned
+        memory keeps it until then.
+        """
+        if self.device.type == "cuda" and rows.device.type == "cpu":
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def blocks(
         self, budget: int, start: int = 0, stop: int | None = None
@@ -74,7 +86,7 @@ class PixelRows:
     def gather(self, ids: Int[Tensor, " m"], budget: int | None = None) -> UInt8[Tensor, "m D"]:
         """Rows by number; within a `budget`, pages are let go of on the way as `let_go` does."""
         if budget is None or 4 * self.pixels.nbytes <= budget:
-            return self.pixels.index_select(0, ids.to(self.pixels.device)).to(self.device)
+            return self._here(self.pixels.index_select(0, ids.to(self.pixels.device)))
         found = torch.empty(len(ids), self.dim, dtype=torch.uint8, device=self.device)
         for start in range(0, len(ids), _SCATTERED):
             some = ids[start : start + _SCATTERED]
@@ -92,3 +104,19 @@ class PixelRows:
             norms[start:stop] = block.sub_(HALF_RANGE).square_().sum(1, dtype=torch.float64) / HALF_RANGE**2
         self._norms = norms
         return norms
+
+
+def moved(pixels: UInt8[Tensor, "n D"], device: torch.device) -> UInt8[Tensor, "n D"]:
+    """`pixels` on another device: the copy that is there already, while anyone holds it."""
+    key = _key(pixels, device)
+    there = _copies.get(key)
+    if there is None:
+        there = pixels.to(device)
+        there.source = pixels  # type: ignore[attr-defined]  # so that its address is no other's
+        _copies[key] = there
+    return there
+
+
+def _key(pixels: Tensor, device: torch.device) -> tuple[int, int, torch.device]:
+    # "cuda" is a device without a number, "cuda:0" may be the same
+    return pixels.data_ptr(), pixels.nbytes, torch.empty(0, device=device).device

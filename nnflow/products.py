@@ -13,7 +13,7 @@ Axes:  B queries   n images   K images of one query   r coordinates
 import functools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,47 +95,33 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Digits:
-    """Some coordinates of B queries as bytes: their digits one below the other, and what each counts in."""
+    """Some coordinates of B queries as bytes: a digit each, or all high ones and then all low ones."""
 
     start: int
     stop: int
-    bytes: Int8[Tensor, "C k"]  # C = 2 B or B
-    units: tuple[Float[Tensor, "B 1"], ...]  # the last digit's last
-
-    @classmethod
-    def two(cls, row: Float[Tensor, "B r"], start: int, stop: int) -> "_Digits":
-        """Two digits of each coordinate."""
-        found, unit = integers.two_digits(row[:, start:stop])
-        return cls(start, stop, found, (2 * integers.LEVELS * unit[:, None], unit[:, None]))
-
-    @classmethod
-    def one(cls, row: Float[Tensor, "B r"], start: int, stop: int) -> "_Digits":
-        """One digit of each coordinate."""
-        found, unit = integers.one_digit(row[:, start:stop])
-        return cls(start, stop, found, (unit[:, None],))
+    bytes: Int8[Tensor, "C k"]  # C = B or 2 B
+    unit: Float[Tensor, " B"]  # what the last digit counts in
 
     @classmethod
     def of(cls, row: Float[Tensor, "B r"], *, fine: bool) -> list["_Digits"]:
         """What sums of exponentials need; less where no more is asked than which images come first."""
         rank = row.shape[1]
-        if not fine:
-            return [cls.one(row, 0, rank)]
-        if rank < 2 * HEAD:  # a second product would not pay
-            return [cls.two(row, 0, rank)]
-        return [cls.two(row, 0, HEAD), cls.one(row, HEAD, rank)]
+        # below 2 HEAD a second product would not pay
+        cut = 0 if not fine else HEAD if rank >= 2 * HEAD else rank
+        parts = []
+        if cut:
+            parts.append(cls(0, cut, *integers.two_digits(row[:, :cut])))
+        if cut < rank:
+            parts.append(cls(cut, rank, *integers.one_digit(row[:, cut:])))
+        return parts
 
-
-def _products(digits: Sequence[_Digits], rows: Int8[Tensor, "m r"], into: Float[Tensor, "B m"]) -> None:
-    """Fills in the products of all queries with some images."""
-    first = True
-    for part in digits:
-        found = integers.product(part.bytes, rows[:, part.start : part.stop].T)
-        for unit, some in zip(part.units, found.split(len(into)), strict=True):
-            if first:
-                torch.mul(some, unit, out=into)
-            else:
-                into.addcmul_(some, unit)
-            first = False
+    def products(self, rows: Int8[Tensor, "m r"]) -> Tensor:
+        """With some images, (B, m) in units: int32, or float32 as `integers.product`."""
+        found = integers.product(self.bytes, rows[:, self.start : self.stop].T)
+        if len(found) == len(self.unit):
+            return found
+        high, low = found.split(len(self.unit))
+        return low.add_(high, alpha=2 * integers.LEVELS)  # at most 5e8, of 2^31
 
 
 def scores_of(
@@ -168,14 +154,15 @@ def scores_of(
     size = _block_rows(len(row))
     for start in range(0, count, size):
         stop = min(start + size, count)
-        some = values[:, start:stop]
-        _products(digits, rows[start:stop], some)
+        some = values[:, start:stop].copy_(digits[0].products(rows[start:stop])).mul_(digits[0].unit[:, None])
+        for part in digits[1:]:
+            some.addcmul_(part.products(rows[start:stop]), part.unit[:, None])
         some.addcmul_(squares[start:stop], fall, value=-1)
         width = (stop - start) // _STRIDE
         maxima.append(some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width)).amax(1))
         first.append(torch.arange(start, start + width, device=row.device))
         step.append(torch.full_like(first[-1], width))
-    units = tuple((part.start, part.stop, part.units[-1][:, 0]) for part in digits)
+    units = tuple((part.start, part.stop, part.unit) for part in digits)
     tail = torch.arange(count - count % _STRIDE, count, device=row.device)
     return Scores(values, torch.cat(maxima, 1), torch.cat(first), torch.cat(step), tail, units)
 

@@ -21,6 +21,7 @@ from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.nearfield import Near, by_difference, competing_margin, weigh
 from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support
 from nnflow.weighted import WeightedMean
@@ -145,6 +146,7 @@ class Nearest:
     distances: Float[Tensor, "S k"]
 
 
+@full_float32()
 def nearest_images(
     store: ImageStore,
     x: Tensor,
@@ -160,7 +162,7 @@ def nearest_images(
 
     Args:
         store: the images.
-        x: float (S, C, H, W), in [-1, 1] units.
+        x: float (S, C, H, W), in [-1, 1] units; the answer is where it is.
         k: neighbours wanted.
         memory: working memory in bytes.
         progress: show a bar on stderr.
@@ -175,7 +177,7 @@ def nearest_images(
             f"images of shape {tuple(x.shape)}: wanted finite values of shape (S, "
             f"{', '.join(map(str, store.shape[1:]))})"
         )
-    rows = PixelRows(store.pixels)
+    rows = PixelRows(store.pixels, x.device)
     flat = x.detach().flatten(1).float()
     wanted = min(k + _WEIGHED, len(store))
     # scores of one block and the differences of the candidates
@@ -196,11 +198,11 @@ def nearest_images(
 def _top_by_expansion(rows: PixelRows, x: Float[Tensor, "S D"], k: int, budget: int) -> Int[Tensor, "S k"]:
     """Ids of the k largest x.x_i - |x_i|^2 / 2, kept block by block; ascending by id."""
     best = x.new_empty(len(x), 0)
-    ids = torch.empty(len(x), 0, dtype=torch.int64)
+    ids = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     for start, stop, block in rows.blocks(budget):
         block.div_(HALF_RANGE).sub_(1)
         scores = torch.mm(x, block.T).sub_(0.5 * block.square().sum(1))
-        here = torch.arange(start, stop).expand(len(x), -1)
+        here = torch.arange(start, stop, device=x.device).expand(len(x), -1)
         best, places = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + len(block)), dim=1)
         ids = torch.cat([ids, here], 1).gather(1, places)
     return ids.sort(1).values

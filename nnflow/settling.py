@@ -36,6 +36,7 @@ from nnflow.files import shown, whole_file
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.precision import full_float32
 from nnflow.products import BITS, FAINTEST, Buffer
 from nnflow.store import ImageStore
 
@@ -99,6 +100,7 @@ class _Others:
         return torch.cat([bound[:, None], measured], 1).logsumexp(1)
 
 
+@full_float32()
 def settling_times(
     index: NeighbourIndex,
     *,

@@ -26,7 +26,9 @@ from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.path import along, interpolate
 from nnflow.pixels import HALF_RANGE
+from nnflow.precision import full_float32
 from nnflow.store import ImageStore
+from nnflow.tally import Tally
 from nnflow.velocity import EmpiricalVelocity, Estimate
 
 TARGETS = ("cfm", "efm-m", "efm", "efm-unbiased")
@@ -47,6 +49,7 @@ class Pairs:
         labels: its class, for class-conditional training.
         flipped: whether x1 is its mirror image.
         generator: of a target's own draws.
+        tally: where the estimates behind a target are counted.
     """
 
     x0: Float[Tensor, "B C H W"]
@@ -57,6 +60,7 @@ class Pairs:
     labels: Int[Tensor, " B"] | None = None
     flipped: Bool[Tensor, " B"] | None = None
     generator: torch.Generator | None = None
+    tally: Tally | None = None
 
     def take(self, rows: Tensor | slice) -> "Pairs":
         """Some of the pairs, by number, mask or slice."""
@@ -128,13 +132,20 @@ class FieldTarget(Target):
     def asked(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
         """The target of pairs that have not settled, or of which that is not known."""
 
+    def estimate(self, pairs: Pairs) -> Estimate:
+        """What the field knows there; counted."""
+        estimate = self.field.estimate(pairs.xt, pairs.t, pairs.labels)
+        if pairs.tally is not None:
+            pairs.tally.add(estimate)
+        return estimate
+
 
 class EmpiricalTarget(FieldTarget):
     """u* of a field, deterministic given x_t but for what `settling` leaves to chance."""
 
     def asked(self, pairs: Pairs) -> Float[Tensor, "B C H W"]:
         """The field's velocity at xt."""
-        return pairs.velocity_of(self.field.mean(pairs.xt, pairs.t, pairs.labels))
+        return pairs.velocity_of(self.estimate(pairs).mean)
 
 
 class UnbiasedTarget(FieldTarget):
@@ -163,7 +174,7 @@ class UnbiasedTarget(FieldTarget):
         """
         if pairs.ids is None:
             raise InputError("efm-unbiased needs to know which stored image x1 is: pass ids=")
-        estimate = self.field.estimate(pairs.xt, pairs.t, pairs.labels)
+        estimate = self.estimate(pairs)
         own = pairs.ids
         if pairs.flipped is not None:
             own = own + pairs.flipped * len(self.field.store)
@@ -268,6 +279,7 @@ class EmpiricalFlowMatcher:
     def __init__(self, target: Target | EmpiricalVelocity) -> None:
         self.target = EmpiricalTarget(target) if isinstance(target, EmpiricalVelocity) else target
 
+    @full_float32()
     @torch.no_grad()
     def sample_location_and_conditional_flow(
         self,
@@ -279,6 +291,7 @@ class EmpiricalFlowMatcher:
         labels: Tensor | None = None,
         flipped: Tensor | None = None,
         generator: torch.Generator | None = None,
+        tally: Tally | None = None,
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         """A point on each pair's straight path and the velocity to regress on there.
 
@@ -290,6 +303,7 @@ class EmpiricalFlowMatcher:
             labels: classes of x1, int64 (B,), for class-conditional training.
             flipped: whether each x1 is a mirror image, bool (B,).
             generator: of the times (when `t` is None) and of a target's own draws, on the CPU.
+            tally: where the estimates behind the targets are counted.
 
         Returns:
             t (B,), xt (B, C, H, W), ut (B, C, H, W).
@@ -313,6 +327,7 @@ class EmpiricalFlowMatcher:
             labels=labels,
             flipped=flipped,
             generator=generator,
+            tally=tally,
         )
         return t, pairs.xt, self.target(pairs)
 

@@ -4,18 +4,22 @@ Everything random in step s of process r is drawn from (seed, s, r) alone: a run
 resumes takes the same steps as one that never stopped.
 """
 
+import contextlib
 import copy
-import hashlib
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnflow import checkpoint as checkpoints
+from nnflow.batches import Batch, Batches, seed_of, supply
 from nnflow.checkpoint import RunRecord
 from nnflow.diary import Stopwatch
 from nnflow.errors import CheckpointError, DegradedWarning
@@ -25,6 +29,21 @@ from nnflow.targets import EmpiricalFlowMatcher
 from nnflow.unet import LearnedVelocity, newest_checkpoint
 
 _AGREE_EVERY = 10  # steps between two questions to the other processes whether to stop
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step says of itself, without waiting for the device.
+
+    Attributes:
+        loss: of this process.
+        norm: of the gradient, before clipping.
+        estimates: sums of a `Tally` over the estimates behind its targets.
+    """
+
+    loss: Float[Tensor, ""]
+    norm: Float[Tensor, ""]
+    estimates: Float[Tensor, " s"]
 
 
 class Trainer:
@@ -39,16 +58,24 @@ class Trainer:
         record: RunRecord,
         run: Path,
     ) -> None:
-        self.accelerator, self.store, self.matcher = accelerator, store, matcher
+        self.accelerator = accelerator
         self.record, self.config, self.run = record, record.config, run
         self.device: torch.device = accelerator.device
-        self.batch = self.config.batch // accelerator.num_processes
+        self.batches = Batches(
+            store,
+            matcher,
+            self.config,
+            size=self.config.batch // accelerator.num_processes,
+            rank=accelerator.process_index,
+            device=self.device,
+        )
+        self.waiting = Stopwatch(self.device)  # of the network, for batches
         self.network = network.to(self.device).train()
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         adam = torch.optim.Adam(network.unet.parameters(), lr=self.config.learning_rate)
         self.parallel, self.optimizer = accelerator.prepare(network, adam)
-        self.targets = Stopwatch(self.device)
         self.step = 0
+        self._batch_of: Callable[[int], Batch] = self.batches.make
         self.failed = torch.zeros((), device=self.device)  # first step whose loss was not finite
 
     def restore(self) -> None:
@@ -89,15 +116,25 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def advance(self) -> tuple[Tensor, Tensor]:
-        """One step; the loss of this process and the norm of the gradient before clipping."""
+    @contextlib.contextmanager
+    def supplied(self) -> Iterator[None]:
+        """Within the block the batches of the steps that are left come as the config says: ahead or not."""
+        wanted = self.config.prefetch
+        ahead = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
+        with supply(self.batches, range(self.step, self.config.steps), ahead=ahead) as batch_of:
+            self._batch_of = batch_of
+            yield
+
+    def advance(self) -> Step:
+        """Takes one step."""
         config = self.config
-        seed = seed_of(config.seed, self.step, self.accelerator.process_index)
-        torch.manual_seed(seed)  # for dropout; the batch has a generator of its own
-        t, xt, ut, labels = self._batch(torch.Generator().manual_seed(seed ^ 1))
+        with self.waiting.running():
+            batch = self._batch_of(self.step)
+        # for dropout; a batch has a generator of its own
+        torch.manual_seed(seed_of(config.seed, self.step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        loss = functional.mse_loss(self.parallel(xt, t, labels), ut)
+        loss = functional.mse_loss(self.parallel(batch.xt, batch.t, batch.labels), batch.ut)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         largest = config.clip or torch.inf
@@ -114,35 +151,7 @@ class Trainer:
             fine = fine & norm.isfinite()
         first = (~fine) & (self.failed == 0)
         self.failed = torch.where(first, torch.full_like(self.failed, self.step), self.failed)
-        return loss.detach(), norm.detach()
-
-    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """t, x_t, the target there, and the labels the network is told.
-
-        Drawn on the CPU, so that a run sees the same batches on any device.
-        """
-        size, place = self.batch, self.device
-        ids = torch.randint(len(self.store), (size,), generator=generator)
-        x1 = self.store.images(ids)
-        x0 = torch.randn(x1.shape, generator=generator)
-        t = torch.rand(size, generator=generator)
-        flipped = None
-        if self.config.flip:
-            flipped = torch.rand(size, generator=generator) < 0.5
-            x1 = torch.where(flipped[:, None, None, None], x1.flip(-1), x1)
-            flipped = flipped.to(place)
-        labels = self.store.labels[ids].to(place) if self.config.class_conditional else None
-        with self.targets.running():
-            t, xt, ut = self.matcher.sample_location_and_conditional_flow(
-                x0.to(place),
-                x1.to(place),
-                t.to(place),
-                ids=ids.to(place),
-                labels=labels,
-                flipped=flipped,
-                generator=generator,
-            )
-        return t, xt, ut, labels
+        return Step(loss.detach(), norm.detach(), batch.estimates)
 
     def rate(self) -> float:
         """Adam's step size in this step: linear warm-up, then constant."""
@@ -172,9 +181,3 @@ class Trainer:
             return False
         votes = torch.tensor([float(wanted)], device=self.device)
         return bool(self.accelerator.gather(votes).max() > 0)
-
-
-def seed_of(seed: int, step: int, rank: int) -> int:
-    """A seed for what is random in one step of one process; unlike seed + step, runs share none."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -19,11 +19,12 @@ from nnflow import checkpoint as checkpoints
 from nnflow.calibration import FILE as CALIBRATION
 from nnflow.checkpoint import RunRecord
 from nnflow.config import TrainConfig
-from nnflow.diary import Diary, diary
+from nnflow.diary import Diary, Pace, diary
 from nnflow.errors import InputError
 from nnflow.files import folder_lock
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
+from nnflow.precision import full_float32
 from nnflow.settling import SETTLING, read_settling
 from nnflow.store import ImageStore
 from nnflow.targets import EmpiricalFlowMatcher, make_matcher
@@ -45,6 +46,7 @@ class Trained:
         loss: mean squared error per pixel over the last `log_every` steps; nan where none was
             taken.
         seconds: this call took.
+        pace: images per second of this call, and what its targets were; None where it took no step.
         interrupted: stopped by SIGINT before the last step.
     """
 
@@ -53,6 +55,7 @@ class Trained:
     step: int
     loss: float
     seconds: float
+    pace: Pace | None
     interrupted: bool
 
 
@@ -92,6 +95,8 @@ def train(
     store = source.store if isinstance(source, NeighbourIndex) else source
     with contextlib.ExitStack() as stack:
         stack.enter_context(_same_random_state_after(accelerator.device))
+        # Else weights would depend on a switch of the caller's, and on when targets are made beside them.
+        stack.enter_context(full_float32())
         matcher = _matcher(source, config, accelerator.device)
         record = _record(source, config)
         network = build(config, record.shape, len(record.classes))
@@ -108,9 +113,11 @@ def train(
                 first=trainer.step,
                 last=config.steps,
                 batch=config.batch,
+                tolerance=config.tolerance,
                 progress=progress,
             )
         )
+        stack.enter_context(trainer.supplied())
         interrupt = stack.enter_context(_interruptible())
         loss = _loop(trainer, notes, interrupt, on_sample)
         done = newest_checkpoint(run)
@@ -121,6 +128,7 @@ def train(
             step=trainer.step,
             loss=loss,
             seconds=time.perf_counter() - began,
+            pace=notes.pace,
             interrupted=trainer.step < config.steps,
         )
 
@@ -137,13 +145,15 @@ def _loop(
     if trainer.step == 0:
         trainer.save()  # so that there is something to go on from, whatever happens
     while trainer.step < config.steps:
-        notes.note(*trainer.advance())
+        step = trainer.advance()
+        notes.note(step.loss, step.norm, step.estimates)
         last = trainer.step == config.steps
         stop = trainer.stop_agreed(interrupt.is_set())
         if last or stop or trainer.step % config.log_every == 0:
             trainer.check()
             rate = trainer.optimizer.param_groups[0]["lr"]
-            notes.write(trainer.step, rate, trainer.targets.take())
+            on_targets, waiting = trainer.batches.clock.take(), trainer.waiting.take()
+            notes.write(trainer.step, rate, on_targets=on_targets, waiting=waiting)
         if last or stop or trainer.step % config.checkpoint_every == 0:
             trainer.save()
             saved = trainer.step

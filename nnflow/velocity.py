@@ -24,6 +24,7 @@ from nnflow.nearfield import NearestImages
 from nnflow.path import along, score_from_mean, time_of_sigma, velocity_from_mean
 from nnflow.pixels import PixelRows
 from nnflow.planned import Calibrated
+from nnflow.precision import full_float32
 from nnflow.scan import AllImages
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support
@@ -196,6 +197,7 @@ class EmpiricalVelocity(Velocity):
         """Velocity at `x`; see `estimate`."""
         return self.estimate(x, t, label).velocity
 
+    @full_float32()
     @torch.no_grad()
     def estimate(self, x: Tensor, t: Tensor | float, label: Tensor | int | None = None) -> Estimate:
         """Velocity at `x`, and how far it can be from that of all images.

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from nnflow import EmpiricalVelocity, ImageStore, NeighbourIndex
 from nnflow.calibration import FILE as CALIBRATION
+from nnflow.config import PRESETS
 from nnflow.farfield import NearAndFar
 from nnflow.ladder import Ladder
 from nnflow.memory import DEFAULT_BUDGET
@@ -25,7 +26,7 @@ from nnflow.support import Support
 TESTS = ("velocity", "farfield", "products", "integers", "targets", "sampling")
 K = 100
 # ADM at 64 x 64 (Dhariwal & Nichol 2021, arXiv 2105.05233), as near as UNet2DModel comes.
-ADM = {"channels": (192, 384, 576, 768), "blocks": 3, "attention": (32, 16, 8), "head_dim": 64}
+ADM = {name: getattr(PRESETS["imagenet64"], name) for name in ("channels", "blocks", "attention", "head_dim")}
 
 Supports: TypeAlias = dict[str, Callable[[PixelRows], Support]]
 

@@ -51,6 +51,14 @@ def test_the_paper_recipe_is_the_default_and_a_preset():
     assert (config.field, config.tolerance) == ("near-and-far", 0.01)
 
 
+def test_imagenet64_has_the_widths_of_adm():
+    config = PRESETS["imagenet64"]
+    assert (config.channels, config.blocks) == ((192, 384, 576, 768), 3)
+    assert (config.attention, config.head_dim, config.dropout) == ((32, 16, 8), 64, 0.1)
+    assert (config.learning_rate, config.mixed_precision) == (1e-4, "bf16")
+    assert (config.target, config.field, config.prefetch) == ("efm", "near-and-far", "auto")
+
+
 def test_digits_ask_for_no_calibration():
     assert PRESETS["digits"].field == "exact"
 
@@ -101,7 +109,7 @@ def test_a_bad_knob_is_refused_in_one_line(values, message):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(InputError, match="unknown preset 'cifar'; known are cifar10, digits"):
+    with pytest.raises(InputError, match="unknown preset 'cifar'; known are cifar10, imagenet64, digits"):
         resolve("cifar", {})
 
 
@@ -128,6 +136,7 @@ def test_steps_may_grow_and_not_shrink():
     assert differences(saved, saved) == ""
     assert differences(saved, saved.replace({"steps": 11})) == ""
     assert differences(saved, saved.replace({"steps": 9})) == "steps was 10, now 9"
+    assert differences(saved, saved.replace({"prefetch": "on"})) == ""
 
 
 def test_everything_else_that_changes_weights_is_named():

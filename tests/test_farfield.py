@@ -315,3 +315,34 @@ def test_pixels_keep_their_role_at_an_early_time(tmp_path: Path) -> None:
     found = field_of(index, [(5, 6)])(x, t)
     wanted = all_images(store).mean(0).view(1, *x.shape[1:]) - x.double()
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-3)
+
+
+def test_beyond_the_coordinates_that_are_summed_the_far_mean_is_that_of_the_gaussian(
+    index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = queries(index.store, 0.2, count=4)
+    whole = field_of(index, [(64, 6)]).estimate(x, t)
+    monkeypatch.setattr("nnflow.farfield._SUMMED", 16)
+    found = field_of(index, [(64, 6)]).estimate(x, t)
+    near = torch.cat(
+        [
+            x[row : row + 1] + 0.8 * oracle(all_images(index.store)[ids], x[row : row + 1], t[:1])
+            for row, ids in enumerate(found.ids)
+        ]
+    )
+    embedding, centre = index.embedding, index.embedding.mean
+
+    def coordinates(mean: Tensor) -> Tensor:
+        return (mean.flatten(1) - centre).double() @ embedding.principal.double().T
+
+    noise = 0.8**2 + 0.2**2 * embedding.spectrum[:KEPT].double()
+    wiener = (
+        0.2 * embedding.spectrum[:KEPT].double() / noise * coordinates(x + 0.8 * centre.view(x[:1].shape))
+    )
+    far = found.tail_mass[:, None].double()
+    wanted = (1 - far) * coordinates(near) + far * wiener
+    torch.testing.assert_close(coordinates(found.mean)[:, 16:], wanted[:, 16:], rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        coordinates(found.mean)[:, :16], coordinates(whole.mean)[:, :16], rtol=0, atol=1e-4
+    )
+    assert (coordinates(whole.mean)[:, 16:] - wanted[:, 16:]).abs().max() > 5e-3

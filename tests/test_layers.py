@@ -12,12 +12,12 @@ ROOT = Path(nnflow.__file__).parent
 
 # A module imports only from those above it.
 ORDER = """
-errors memory files filemap path weighted pixels
+errors memory precision files filemap path weighted pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file ingest store
 integers embedding unfinished fitting coordinates faiss_backend probing manifest building index support
-nearfield scan residual ladder products farfield calibration planned velocity calibrating settling targets
-config unet checkpoint diary trainer training
+nearfield scan residual ladder products farfield calibration planned velocity calibrating settling tally
+targets config unet checkpoint diary batches trainer training
 sampling metrics
 imageset features classifier classifying frechet mmd manifold quality
 evaluation sheet plots curves

@@ -1,10 +1,13 @@
 """Budgets in words, and the rows that fit in them."""
 
+from pathlib import Path
+
 import pytest
 from refusals import refused
 
+from nnflow import memory as module
 from nnflow.errors import InputError
-from nnflow.memory import format_bytes, parse_bytes, rows_within, working_memory
+from nnflow.memory import format_bytes, machine_memory, parse_bytes, rows_within, working_memory
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,14 @@ def test_working_memory_is_what_the_libraries_leave() -> None:
     assert working_memory(2 << 30) == (2 << 30) - (400 << 20)
     assert working_memory(400 << 20) == 100 << 20
     assert working_memory(8) == 2
+
+
+def test_a_control_group_limits_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machine_memory()
+    assert 1 << 28 < whole < 1 << 50
+    monkeypatch.setattr(module, "Path", lambda _, name: tmp_path / name)
+    assert machine_memory() >= whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine_memory() >= whole
+    (tmp_path / "memory.max").write_text("1234567\n")
+    assert machine_memory() == 1_234_567

@@ -1,11 +1,15 @@
 """PixelRows: bytes read as exact floats, block by block."""
 
+import gc
+
 import pytest
 import torch
 from refusals import refused
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnflow import pixels as module
 from nnflow.errors import InputError
-from nnflow.pixels import HALF_RANGE, PixelRows
+from nnflow.pixels import HALF_RANGE, PixelRows, moved
 
 N, D = 23, 10
 
@@ -53,3 +57,69 @@ def test_squared_norms_are_exact_at_any_block_size(pixels: torch.Tensor, block: 
     torch.testing.assert_close(norms, torch.tensor(wanted, dtype=torch.float64), rtol=1e-14, atol=0)
     assert norms[3] == norms[4] == D
     assert HALF_RANGE == 255 / 2
+
+
+META = torch.device("meta")
+
+
+class Travels(TorchDispatchMode):
+    """Notes the type of what goes from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        target = kwargs.get("device") or (args[0].device if "copy_" in str(function) else None)
+        source = args[1] if str(function).startswith("aten.copy_") else args[0] if args else None
+        if (
+            target is not None
+            and isinstance(source, torch.Tensor)
+            and source.device.type == "cpu" != str(target)
+        ):
+            self.seen.append(source.dtype)
+        return function(*args, **kwargs)
+
+
+def test_rows_travel_to_another_device_as_bytes(pixels: torch.Tensor) -> None:
+    """A copy of bytes into floats would make floats of them here, and send four times as much."""
+    rows = PixelRows(pixels, META)
+    with Travels() as travels:
+        read = rows.read(2, 9, rows.new_block(8))
+        gathered = rows.gather(torch.tensor([3, 1]))
+    assert (read.device, read.dtype, read.shape) == (META, torch.float32, (7, D))
+    assert (gathered.device, gathered.dtype, gathered.shape) == (META, torch.uint8, (2, D))
+    assert travels.seen == [torch.uint8, torch.uint8]
+
+
+def test_rows_for_a_gpu_are_pinned_first(pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, told = PixelRows(pixels), []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        told.append("pinned")
+        return tensor.clone()
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        told.append((tensor.dtype, device.type, non_blocking, tensor.data_ptr() != pixels[2:].data_ptr()))
+        return tensor
+
+    rows.device = torch.device("cuda")
+    block = torch.empty(4, D)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    read = rows.read(2, 5, block)
+    monkeypatch.undo()
+    assert told == ["pinned", (torch.uint8, "cuda", True, True)]
+    assert torch.equal(read.byte(), pixels[2:5])
+
+
+def test_one_copy_on_a_device_while_anyone_holds_it(pixels: torch.Tensor) -> None:
+    first = moved(pixels, META)
+    assert moved(pixels, torch.device("meta")) is first
+    assert moved(pixels[1:], META) is not first
+    assert moved(pixels.clone(), META) is not first
+    assert len(module._copies) == 1
+    del first
+    gc.collect()
+    assert len(module._copies) == 0

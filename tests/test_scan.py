@@ -10,7 +10,8 @@ from stores import store_of
 from torch import Tensor
 
 from nnflow.errors import InputError
-from nnflow.scan import nearest_images
+from nnflow.pixels import PixelRows
+from nnflow.scan import _top_by_expansion, nearest_images
 from nnflow.store import ImageStore
 
 SHAPE = (CHANNELS, SIDE, SIDE)
@@ -140,3 +141,10 @@ def test_a_budget_below_one_query_is_refused(store: ImageStore) -> None:
         nearest_images(store, queries(2), 1, memory=500)
     with refused(InputError, "one row of the scores"):
         nearest_images(store, queries(2), 1, memory=10_000)
+
+
+def test_candidates_are_sought_where_the_queries_are() -> None:
+    """On a device without memory, which refuses nothing: what comes back must be there as well."""
+    rows = PixelRows(torch.zeros(300, 12, dtype=torch.uint8), "meta")
+    places = _top_by_expansion(rows, torch.zeros(5, 12, device="meta"), 4, 1 << 16)
+    assert (places.device.type, places.shape) == ("meta", (5, 4))

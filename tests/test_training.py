@@ -1,61 +1,25 @@
 """Training: the same weights whatever interrupts it, and refusals that lose nothing."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import PARTS, differ, points, same, script, spied, thirteen, tiny, workers
 from safetensors.torch import load_file
 from stores import store_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnflow import training
-from nnflow.calibrating import calibrate
-from nnflow.config import resolve
-from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError, StoreError
+from nnflow.batches import seed_of
+from nnflow.errors import BusyError, CheckpointError, DegradedWarning, InputError
 from nnflow.files import folder_lock
-from nnflow.index import NeighbourIndex
 from nnflow.sampling import sample
-from nnflow.settling import SETTLING, write_settling
-from nnflow.store import ImageStore
-from nnflow.targets import EmpiricalFlowMatcher
-from nnflow.trainer import seed_of
 from nnflow.training import train
 from nnflow.unet import LearnedVelocity, newest_checkpoint
-from nnflow.velocity import EmpiricalVelocity
-
-PARTS = ["unet/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors"]
-PARTS += ["optimizer.safetensors"]
-
-# Everything random is on: M draws per target, flips, dropout.
-TINY = {
-    "target": "efm-m",
-    "samples": 5,
-    "flip": True,
-    "dropout": 0.2,
-    "channels": (8,),
-    "head_dim": 8,
-    "attention": (),
-    "batch": 6,
-    "warmup": 4,
-    "steps": 6,
-    "checkpoint_every": 2,
-    "keep": 9,
-    "log_every": 2,
-    "sample_every": 0,
-    "class_conditional": True,
-}
-
-
-def tiny(**knobs):
-    return resolve("digits", TINY | knobs)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,34 +33,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (13, 1, 4, 4), generator=generator).byte()
-    return store_of(pixels, tmp_path_factory.mktemp("store"), classes=["a"] * 5 + ["b"] * 8)
+    return thirteen(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
 def straight(store, tmp_path_factory):
     """A run that nothing disturbed."""
     return train(store, tmp_path_factory.mktemp("runs") / "straight", tiny())
-
-
-def same(one, other, *parts):
-    for part in parts or PARTS:
-        mine, theirs = load_file(one / part), load_file(other / part)
-        assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
-            assert torch.equal(value, theirs[name]), (part, name)
-
-
-def differ(one, other):
-    mine, theirs = load_file(one / PARTS[0]), load_file(other / PARTS[0])
-    return any(not torch.equal(value, theirs[name]) for name, value in mine.items())
-
-
-def points(run, name="loss"):
-    events = EventAccumulator(str(run / "logs"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def test_the_same_run_twice_is_the_same(store, straight, tmp_path):
@@ -132,23 +75,13 @@ def test_resuming_a_finished_run_changes_nothing(store, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in again.checkpoint.rglob("*")} == before
 
 
-def script(store, run, extra):
-    """Source of a program that trains `straight`'s run in `run`."""
-    return textwrap.dedent(f"""
-        import os, signal, sys, torch
-        torch.set_num_threads({torch.get_num_threads()})
-        from nnflow import trainer, training
-        from nnflow.config import resolve
-        from nnflow.store import ImageStore
-        store = ImageStore.open({str(store.folder)!r})
-        config = resolve("digits", {TINY!r})
-        run = {str(run)!r}
-    """) + textwrap.dedent(extra)
-
-
 def test_killed_and_resumed_gives_the_same_weights(store, straight, tmp_path):
-    """SIGKILL in the middle of writing the checkpoint of step 4: step 2 is the last whole one."""
+    """SIGKILL in the middle of writing the checkpoint of step 4: step 2 is the last whole one.
+
+    The killed run makes targets beside the network, the one that goes on with it does not.
+    """
     killing = """
+        config = config.replace({"prefetch": "on"})
         def kill(*_):
             os.kill(os.getpid(), signal.SIGKILL)
         usual = trainer.checkpoints.save
@@ -173,17 +106,18 @@ def test_killed_and_resumed_gives_the_same_weights(store, straight, tmp_path):
     assert points(run) == points(straight.folder)
 
 
-def test_sigint_saves_and_stops(store, straight, tmp_path):
+@pytest.mark.parametrize(("prefetch", "other"), [("on", "off"), ("off", "on")])
+def test_sigint_saves_and_stops(store, straight, tmp_path, prefetch, other):
     def interrupt(model, step, folder):
         os.kill(os.getpid(), signal.SIGINT)
 
-    knobs = {"sample_every": 3, "checkpoint_every": 1000}
+    knobs = {"sample_every": 3, "checkpoint_every": 1000, "prefetch": prefetch}
     usual = signal.getsignal(signal.SIGINT)
     stopped = train(store, tmp_path / "run", tiny(**knobs), on_sample=interrupt)
     assert signal.getsignal(signal.SIGINT) is usual
     assert (stopped.interrupted, stopped.step) == (True, 4)
     assert stopped.checkpoint.name == "step-00000004"
-    resumed = train(store, tmp_path / "run", tiny(**knobs), resume=True)
+    resumed = train(store, tmp_path / "run", tiny(**knobs | {"prefetch": other}), resume=True)
     assert not resumed.interrupted
     same(straight.checkpoint, resumed.checkpoint)
 
@@ -194,7 +128,8 @@ def test_a_second_sigint_ends_it_at_once(store, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(store, tmp_path / "run", tiny(sample_every=3), on_sample=interrupt)
+        train(store, tmp_path / "run", tiny(sample_every=3, prefetch="on"), on_sample=interrupt)
+    assert not workers()
     with folder_lock(tmp_path / "run"):  # nothing is held
         assert newest_checkpoint(tmp_path / "run").name == "step-00000002"
 
@@ -266,25 +201,6 @@ def test_gradients_are_clipped(store, tmp_path):
         assert logged == pytest.approx(norms[0.0], rel=1e-4)  # before clipping, whatever the clip
     assert norms[0.0] > 0.1
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
-
-
-class Spy(EmpiricalFlowMatcher):
-    """A matcher that remembers what it is asked and answers with a given target."""
-
-    def __init__(self, answer=None):
-        self.asked, self.answer = [], answer
-
-    def sample_location_and_conditional_flow(self, x0, x1, t, **rest):
-        self.asked.append({"x0": x0, "x1": x1, "t": t} | rest)
-        xt = x0 + t[:, None, None, None] * (x1 - x0)
-        ut = x1 - x0
-        return t, xt, ut if self.answer is None else self.answer(len(self.asked), ut)
-
-
-def spied(monkeypatch, answer=None):
-    spy = Spy(answer)
-    monkeypatch.setattr(training, "_matcher", lambda *_: spy)
-    return spy
 
 
 def test_batches_are_uniform_draws_flipped_in_half(store, tmp_path, monkeypatch):
@@ -364,117 +280,6 @@ def test_fp16_without_a_gpu_is_refused(store, tmp_path):
         train(store, tmp_path / "run", tiny(mixed_precision="fp16"))
 
 
-@pytest.mark.parametrize("target", ["cfm", "efm", "efm-unbiased"])
-def test_every_target_trains(store, tmp_path, target):
-    index = NeighbourIndex.build(store, store.folder, rank="pixels")
-    done = train(index, tmp_path / "run", tiny(target=target, field="nearest", k=3, steps=2))
-    assert 0 < done.loss < 10
-
-
-def test_neighbours_need_an_index(store, tmp_path):
-    for knobs in (
-        {"target": "efm", "field": "nearest"},
-        {"target": "efm", "field": "near-and-far"},
-        {"target": "efm-unbiased"},
-        {"target": "efm-unbiased", "field": "near-and-far"},
-    ):
-        with pytest.raises(InputError, match="needs neighbours: pass a NeighbourIndex"):
-            train(store, tmp_path / "run", tiny(**knobs))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def calibrated(store, tmp_path):
-    """An index of the same images in a folder of its own, calibrated; as small as this, all by exact sums."""
-    folder = tmp_path / "index"
-    shutil.copytree(store.folder, folder)
-    index = NeighbourIndex.build(ImageStore.open(folder), folder, rank="pixels")
-    calibrate(index, queries=2, seconds=0.1)
-    return index
-
-
-def test_near_and_far_follows_the_calibration(store, calibrated, tmp_path):
-    """Exact at every time here, so the same weights as the exact field gives."""
-    knobs = {"target": "efm", "steps": 2}
-    exact = train(store, tmp_path / "exact", tiny(**knobs, field="exact"))
-    same(
-        exact.checkpoint, train(calibrated, tmp_path / "run", tiny(**knobs, field="near-and-far")).checkpoint
-    )
-
-
-@pytest.mark.parametrize("target", ["efm", "efm-unbiased"])
-def test_where_all_images_have_settled_it_is_cfm(store, calibrated, tmp_path, target):
-    cfm = train(store, tmp_path / "cfm", tiny(target="cfm", steps=2))
-    write_settling(calibrated.store, torch.zeros(len(store)))
-    knobs = {"target": target, "field": "near-and-far", "steps": 2}
-    same(cfm.checkpoint, train(calibrated, tmp_path / "run", tiny(**knobs)).checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("target", "field", "asked"),
-    [
-        ("efm", "near-and-far", {"tolerance": 0.03}),
-        ("efm-unbiased", "near-and-far", {"tolerance": 0.03}),
-        ("efm", "nearest", {"k": 3}),
-        ("efm-unbiased", "nearest", {"k": 3}),
-        ("efm-unbiased", "exact", {"k": 3}),
-        ("efm", "exact", {}),
-        ("cfm", "near-and-far", None),
-    ],
-)
-def test_which_field_answers(calibrated, tmp_path, monkeypatch, target, field, asked):
-    seen = []
-
-    def spied(name):
-        usual = getattr(EmpiricalVelocity, name)
-
-        def spy(source, *, flip, **rest):
-            assert flip
-            seen.append({key: value for key, value in rest.items() if key in ("k", "tolerance")})
-            return usual(source, flip=flip, **rest)
-
-        monkeypatch.setattr(EmpiricalVelocity, name, spy)
-
-    for name in ("exact", "nearest", "near_and_far"):
-        spied(name)
-    knobs = {"target": target, "field": field, "tolerance": 0.03, "k": 3, "steps": 1}
-    train(calibrated, tmp_path / "run", tiny(**knobs))
-    assert seen == ([] if asked is None else [asked])
-
-
-def test_near_and_far_needs_a_calibration(store, tmp_path):
-    index = NeighbourIndex.build(store, store.folder, rank="pixels")
-    with pytest.raises(StoreError, match="has not been calibrated; run: nnflow calibrate"):
-        train(index, tmp_path / "run", tiny(target="efm", field="near-and-far"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_calibration_is_another_run(calibrated, tmp_path):
-    knobs = tiny(target="efm", field="near-and-far", steps=2)
-    train(calibrated, tmp_path / "run", knobs)
-    train(calibrated, tmp_path / "run", knobs.replace({"steps": 3}), resume=True)
-    write_settling(calibrated.store, torch.ones(len(calibrated)))
-    with pytest.raises(
-        CheckpointError, match=r"index were .*settling times none, now .*settling times \w{16}"
-    ):
-        train(calibrated, tmp_path / "run", knobs, resume=True)
-    (calibrated.folder / SETTLING).unlink()
-    calibrate(calibrated, queries=3, seconds=0.1)
-    with pytest.raises(
-        CheckpointError, match=r"index were embedding .*, calibration \w{16}, .* now embedding"
-    ):
-        train(calibrated, tmp_path / "run", knobs, resume=True)
-
-
-def test_another_index_is_another_run(store, tmp_path):
-    knobs = tiny(target="efm", field="nearest", k=3, steps=2)
-    index = NeighbourIndex.build(store, store.folder, rank="pixels")
-    train(index, tmp_path / "run", knobs)
-    index = NeighbourIndex.build(store, store.folder, rank=2)
-    with pytest.raises(CheckpointError, match=r"index were flat, rank pixels.*, now flat, rank 2"):
-        train(index, tmp_path / "run", knobs, resume=True)
-
-
 def test_other_images_are_another_run(store, straight, tmp_path):
     pixels = (store.pixels + 1).view(13, 1, 4, 4)
     other = store_of(pixels, tmp_path, classes=["a"] * 5 + ["b"] * 8)
@@ -523,19 +328,23 @@ def test_two_processes_train_one_network(store, straight, tmp_path):
         tmp_path / "run",
         """
         from safetensors.torch import save_file
-        rank, seen, usual = os.environ["RANK"], [], training.Trainer._batch
-        def batch(self, generator):
-            found = usual(self, generator)
-            seen.append(found[1].clone())
-            kept.append(self.network)
+        from nnflow import batches
+        rank, seen, usual = os.environ["RANK"], [], batches.Batches.make
+        def make(self, step):
+            found = usual(self, step)
+            seen.append(found.xt.clone())
             return found
-        kept = []
-        training.Trainer._batch = batch
+        batches.Batches.make = make
+        kept, first = [], trainer.Trainer.restore
+        def restore(self):
+            first(self)
+            kept.append(self.network)
+        trainer.Trainer.restore = restore
         def save(*args, usual=trainer.checkpoints.save, **rest):
             assert rank == "0"
             return usual(*args, **rest)
         trainer.checkpoints.save = save
-        training.train(store, run, config)
+        training.train(store, run, config.replace({"prefetch": "on"}))
         weights = {name: value.detach().clone() for name, value in kept[0].unet.state_dict().items()}
         save_file(weights | {"seen": torch.cat(seen)}, run + "." + rank)
         torch.distributed.destroy_process_group()

@@ -45,6 +45,16 @@ def test_the_paper_network_has_its_size():
     assert drops == {0.1}
 
 
+def test_the_network_for_64_x_64_has_its_size():
+    with torch.device("meta"):
+        field = build(PRESETS["imagenet64"], (3, 64, 64))
+    assert sum(parameter.numel() for parameter in field.parameters()) == 264_904_515
+    kinds = [type(block).__name__ for block in field.unet.down_blocks]
+    assert kinds == ["DownBlock2D"] + 3 * ["AttnDownBlock2D"]
+    heads = {module.heads for module in field.unet.modules() if hasattr(module, "heads")}
+    assert heads == {6, 9, 12}  # of 64 channels each: at 32, 16 and 8 pixels
+
+
 def test_it_is_a_field():
     field = network()
     assert isinstance(field, Velocity)

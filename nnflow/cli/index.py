@@ -154,6 +154,7 @@ def _facts(index: NeighbourIndex) -> dict[str, Any]:
         "fitted_on": manifest["fitted_on"],
         "kind": manifest["kind"],
         "reason": manifest["reason"],
+        "held": index.held.reason,
         "probing": manifest["probing"],
         "collapse_time": manifest["collapse_time"],
         "calibration": _errors_known(index),
@@ -217,6 +218,7 @@ def _told(index: NeighbourIndex) -> str:
             f"  embedding      {rank}, {100 * facts['captured']:.1f} % of the variance, "
             f"fitted on {facts['fitted_on']:,} images",
             f"  index          {shown(facts['kind'])}: {shown(facts['reason'])}{_probed(facts['probing'])}",
+            f"  held           {facts['held']}",
             f"  collapse time  t = {facts['collapse_time']:.3f} (estimated from the spectrum: beyond, "
             "u* is about one image)",
             f"  calibrated     {_calibrated(index)}",

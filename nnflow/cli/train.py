@@ -69,6 +69,8 @@ def train(index: Path, out: Path, preset: str, resume: bool, dry_run: bool, **kn
         f"{shown(result.folder)}: {state} at step {result.step:,} of {config.steps:,}, {loss}, "
         f"{result.seconds:.0f} s; weights in {shown(result.checkpoint)}"
     )
+    if result.pace is not None:
+        click.echo(str(result.pace))
     if result.interrupted:
         click.echo("to go on: the same command with --resume")
 
