@@ -21,7 +21,7 @@ from nnflow.errors import InputError
 from nnflow.features import FeatureExtractor, feature_blocks
 from nnflow.frechet import GROUPS, FrechetDistance, Moments, frechet_distance, grouped_moments, merged
 from nnflow.imageset import ImageSet, check_images, draw, image_shape
-from nnflow.manifold import PrecisionRecall, precision_recall
+from nnflow.manifold import NEIGHBOURS, PrecisionRecall, precision_recall
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.mmd import KernelDistance, kernel_distance
 from nnflow.store import ImageStore
@@ -190,6 +190,8 @@ def image_quality(
     for what, images in (("samples", samples), ("held-out images", held_out)):
         if images is not None:
             check_images(images, what, image_shape(training))
+            if len(images) <= NEIGHBOURS:  # told before the training images are read
+                raise InputError(f"{len(images)} {what}: precision and recall need at least {NEIGHBOURS + 1}")
 
     def read(images: ImageSet, count: int | None = None) -> FeatureSet:
         return feature_set(extractor, images, count=count, seed=seed, memory=memory, progress=progress)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -30,3 +31,19 @@ def latents_of(
     named = {} if classes is None else {"labels": np.array(classes)}
     np.savez(folder / "source.npz", latents=latents.numpy(), **named)
     return ImageStore.build(folder / "source.npz", folder / "out", scaling=scaling, workers=1)
+
+
+def striped(count: int, seed: int) -> Tensor:
+    """Noise with a bright row for one class, a bright column for the other, somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(120, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    for number, place in enumerate(torch.randint(8, (count,), generator=generator).tolist()):
+        line = images[number, 0, place] if number < count // 2 else images[number, 0, :, place]
+        line += 100
+    return images
+
+
+def stripes(count: int, folder: Path, seed: int, names: tuple[str, str] = ("column", "row")) -> ImageStore:
+    """A store of `striped` images under these names."""
+    half = count // 2
+    return store_of(striped(count, seed), folder, classes=[names[1]] * half + [names[0]] * half)

@@ -100,7 +100,7 @@ def test_samples_that_would_take_too_long_are_measured_in_part_and_said_to_be(
     monkeypatch.setattr(sys, "argv", ["bench_scale", str(index.folder), *SMALL, "--patience", "0.25"])
     drawn = script.memorised(index, near, exact, script.parsed())
     assert 1 <= drawn["exact_calls"] <= 3 < drawn["calls"]
-    assert drawn["exact_measured"] / drawn["exact_calls"] == pytest.approx(0.1, rel=0.5)
+    assert 0.1 <= drawn["exact_measured"] / drawn["exact_calls"] < 0.4  # one call, on a busy machine too
     assert drawn["same_image"] is None
     assert f"{drawn['exact_calls']} of {drawn['calls']} calls measured" in tables.whole_time(drawn)
     by_hand = {"exact_measured": 4.0, "exact_calls": 5, "calls": 20}

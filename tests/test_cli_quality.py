@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from refusals import refused
-from test_classifier import stripes
+from stores import stripes
 
 from nnflow.cli import main
 from nnflow.errors import InputError

@@ -107,7 +107,7 @@ def test_what_cannot_be_compared(store, held_out):
         image_quality(Pixels(SHAPE), store)
     with refused(InputError, r"samples are \(3, 4, 4\)"):
         image_quality(Pixels(SHAPE), store, samples=torch.zeros(9, 3, 4, 4))
-    with refused(InputError, "k = 3 with 3 samples"):
+    with refused(InputError, "3 samples: precision and recall need at least 4"):
         image_quality(Pixels(SHAPE), store, samples=torch.zeros(3, *SHAPE))
     with refused(InputError, "91 images wanted of a set of 90"):
         feature_set(Pixels(SHAPE), held_out, count=91)
