@@ -1,7 +1,7 @@
 """Fits the PCA of the stored images, in passes over them that a killed build goes on with.
 
-The whole covariance gives the directions (`covariance`). Where it would not fit, for its size or the budget,
-that of a random subset of the images does.
+The whole covariance gives the directions (`covariance`), or the inner products of images that are few for
+their values. Where neither would fit, for its size or the budget, those of a random subset of the images do.
 
 Axes:  n images   D = C*H*W values of one image   R principal directions kept   m images of a subset
 """
@@ -31,6 +31,9 @@ PRINCIPAL = 512
 # the work grows as D^3. A random subset of images then spans the leading directions.
 _MAX_COVARIANCE_DIM = 4096
 _SUBSET = 4096  # images of that subset
+# Of this many values on, inner products of up to half as many images are quicker: they take all of 1,000
+# images of 3,072 values in 0.4 s on 2 cores, the covariance 3.7 s. Below, either is done in 0.3 s.
+_MIN_PRODUCTS_DIM = 1024
 _GRAM_ROWS = 32_768  # at most 131,071, whose int8 products (at most 2^14 each) sum within int32
 
 
@@ -42,6 +45,8 @@ def fitting_of(store: ImageStore, budget: int) -> Fitting:
     """
     count, dim = store.pixels.shape
     block = store.rows().block_rows(budget)
+    if dim >= _MIN_PRODUCTS_DIM and 2 * count <= dim and count <= min(_SUBSET, _affordable(dim, budget)):
+        return Fitting(block, count, None)
     # the float64 sum, then its centred copy, eigenvectors and their workspace
     if dim <= _MAX_COVARIANCE_DIM and 36 * dim**2 <= budget:
         # beside the sum, the int32 product and their rounding up: the block, its transpose, its file's pages
@@ -90,7 +95,7 @@ def fit_embedding(
     if rank != "pixels" and rank < 1:
         raise InputError(f"rank {rank}: wanted at least 1, or 'pixels' for no projection")
     stream = Stream(store.rows(), budget, fitting_of(store, budget), kept, progress)
-    if stream.fitting.together is None and stream.rows.dim <= _MAX_COVARIANCE_DIM:
+    if stream.fitting.images < len(store) and stream.rows.dim <= _MAX_COVARIANCE_DIM:
         warnings.warn(
             f"memory budget of {format_bytes(budget)}: the covariance of {stream.rows.dim} values takes "
             f"{format_bytes(36 * stream.rows.dim**2)}, so the directions are those of "
@@ -99,12 +104,15 @@ def fit_embedding(
             stacklevel=2,
         )
     axes = _axes(stream, rank, seed)
+    unresolved = stream.fitting.images < len(store)
     found = _measure(stream, axes.mean, axes.principal, axes.searched)
     return Embedding(
         axes.mean,
         axes.principal,
         axes.searched,
-        _complete(axes.spectrum, len(axes.principal), found.variance, stream.rows.dim).float(),
+        _complete(
+            axes.spectrum, len(axes.principal), found.variance, stream.rows.dim, unresolved=unresolved
+        ).float(),
         found.peaks,
         found.radius,
         found.residual_radius,
@@ -258,11 +266,14 @@ def _measured(stream: Stream, mean: Tensor, spectrum: Tensor, principal: Tensor)
     return torch.cat([variances, spectrum[len(principal) :]]), principal[order]
 
 
-def _complete(spectrum: Tensor, known: int, total: float, dim: int) -> Float[Tensor, " D"]:
+def _complete(
+    spectrum: Tensor, known: int, total: float, dim: int, *, unresolved: bool
+) -> Float[Tensor, " D"]:
     """All D variances: the `known` first as they are, the others scaled to what is left of the total."""
     lead, rest = spectrum[:known], spectrum[known:dim]
     left = max(0.0, total - lead.sum().item())
     missing = dim - known - len(rest)
-    if missing > 0:  # what a subset did not resolve
-        rest = torch.cat([rest, rest.new_full((missing,), rest[-1].item() if len(rest) else 1.0)])
+    if missing > 0:  # what a subset did not resolve; n images have n - 1 variances
+        least = (rest[-1].item() if len(rest) else 1.0) if unresolved else 0.0
+        rest = torch.cat([rest, rest.new_full((missing,), least)])
     return torch.cat([lead, rest * (left / rest.sum().clamp_min(1e-30))])

@@ -207,6 +207,16 @@ def test_products_of_extreme_bytes_are_exact(
     assert torch.equal(covariance._integer_gram(block).long(), torch.from_numpy(wide.T @ wide))
 
 
+@pytest.mark.parametrize("count", [2, 40, 96, 97])
+def test_few_images_by_their_inner_products(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MIN_PRODUCTS_DIM", 100)
+    few = store_of(correlated(count), tmp_path)
+    assert (module.fitting_of(few, ROOMY).together is None) == (count <= D // 2)
+    check_against_svd(fit(few, count - 1), few, count - 1)
+
+
 class TestWideImages:
     """Above 4,096 values a subset of the images is decomposed; here that limit is 100."""
 
