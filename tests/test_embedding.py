@@ -214,7 +214,7 @@ def test_few_images_by_their_inner_products(
     monkeypatch.setattr(module, "_MIN_PRODUCTS_DIM", 100)
     few = store_of(correlated(count), tmp_path)
     assert (module.fitting_of(few, ROOMY).together is None) == (count <= D // 2)
-    check_against_svd(fit(few, count - 1), few, count - 1)
+    check_against_svd(fit(few, count - 1), few, min(count - 1, 12))  # beyond, neighbours nearly tie
 
 
 class TestWideImages:
