@@ -8,8 +8,9 @@ mirrored latent is not natural: of latents there are no held-out errors without 
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -69,12 +70,14 @@ _FINEST = min(_TOLERANCES)  # below which no dearer ladder is looked for
 _HOPELESS = 0.1  # median error of the first batch above which the rest are not asked
 _BATCH = 64  # queries asked and timed together
 _HELD_OUT = 4  # one held-out query for every four held in
+_TOGETHER = _BATCH + _BATCH // _HELD_OUT  # asked of the exact field together: both kinds in one pass
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
+_LEAST_TIMES = 6  # measured however long it takes
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Queries at one time, the exact mean there, |u*| (1 - t), and the seconds per query that took."""
+    """Queries at one time, the exact mean there, |u*| (1 - t), and the seconds per query beside the call."""
 
     x: Float[Tensor, "q D"]
     t: Float[Tensor, " q"]
@@ -98,10 +101,10 @@ class _Answered:
     seconds: float
 
     @classmethod
-    def exactly(cls, asked: _Asked, call: float) -> "_Answered":
+    def exactly(cls, asked: _Asked) -> "_Answered":
         """The exact field's own."""
         none = torch.zeros_like(asked.size)
-        return cls(none, none.bool(), max(0.0, asked.seconds - call / _BATCH))
+        return cls(none, none.bool(), asked.seconds)
 
     def and_more(self, other: "_Answered") -> "_Answered":
         """With the answers to other queries, asked when this way was warm: their seconds count."""
@@ -140,11 +143,18 @@ class _Bench:
         x0 = torch.randn(x1.shape, generator=generator)
         return interpolate(x0, x1, t).flatten(1), torch.full((count,), t)
 
-    def ask(self, t: float, count: int, *, held_in: bool) -> _Asked:
-        """Queries and the exact answers."""
-        x, times = self.queries(t, count, held_in=held_in)
-        mean, _, seconds = self.answer(self.exact, x, times)
-        return _Asked(x, times, mean, (mean - x).norm(dim=1), seconds)
+    def ask(self, t: float, count: int, call: float) -> list[_Asked]:
+        """Queries held in, then any held out, and the exact answers: `call` seconds, and so many for each."""
+        sets = [self.queries(t, count, held_in=True)]
+        if self.has_others:
+            sets.append(self.queries(t, max(2, count // _HELD_OUT), held_in=False))
+        x, times = (torch.cat(both) for both in zip(*sets, strict=True))
+        mean, _, seconds = self.answer(self.exact, x, times, _TOGETHER)
+        size = (mean - x).norm(dim=1)
+        beside = max(0.0, seconds - call / min(_TOGETHER, len(x)))
+        parts = [len(some) for some, _ in sets]
+        columns = zip(x.split(parts), times.split(parts), mean.split(parts), size.split(parts), strict=True)
+        return [_Asked(*column, beside) for column in columns]
 
     def answered(self, way: Support, asked: _Asked, call: float, rows: slice = slice(None)) -> _Answered:
         """What a way, of which a call takes so many seconds, makes of some of the queries."""
@@ -153,17 +163,17 @@ class _Bench:
         return _Answered(errors, single, max(0.0, seconds - call / _BATCH))
 
     def answer(
-        self, way: Support, x: Tensor, t: Tensor
+        self, way: Support, x: Tensor, t: Tensor, size: int = _BATCH
     ) -> tuple[Float[Tensor, "q D"], Bool[Tensor, " q"], float]:
-        """Means at some queries, in batches; which of them have settled; seconds per query.
+        """Means at some queries, `size` at once; which of them have settled; seconds per query.
 
         The seconds are those of the median whole batch.
         """
         means, single, seconds = [], [], []
-        for some, times in zip(x.split(_BATCH), t.split(_BATCH), strict=True):
+        for some, times in zip(x.split(size), t.split(size), strict=True):
             began = time.perf_counter()
             part = way.part(some, times, self.images)
-            if len(some) == min(_BATCH, len(x)):  # the last few of many cost more each
+            if len(some) == min(size, len(x)):  # the last few of many cost more each
                 seconds.append((time.perf_counter() - began) / len(some))
             means.append(part.weighted.mean)
             single.append(settled(part))
@@ -196,7 +206,7 @@ def calibrate(
             nothing.
         queries: per time; None for as many of 64 to 256 as `seconds` allow.
         seconds: about how long this may take. Where 64 queries at every time take longer, fewer times are
-            measured, and the ladders between them chosen the more carefully.
+            measured, at least six, and the ladders between them chosen the more carefully.
         seed: of the queries.
         memory: working memory in bytes.
         progress: show a bar on stderr.
@@ -212,22 +222,22 @@ def calibrate(
         )
     if held_out is not None:
         index.store.refuse_other_units(held_out, "held-out images")
+    began = time.perf_counter()
     bench = _Bench(index, held_out, memory, seed)
     times = _times(float(index.manifest["collapse_time"]))
     costs, calls = _costs(bench, times[len(times) // 2])
-    # About half of the ladders are measured at a time; the others are hopeless there, or not needed.
-    per_query = (1 + 1 / _HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
-    affordable = int(seconds / (per_query * len(times)))
-    count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable // _BATCH * _BATCH))
-    if queries is None and affordable < _LEAST_QUERIES:
-        times = _thinned(times, max(6, len(times) * affordable // _LEAST_QUERIES))
+    count = queries or _affordable(costs, seconds / len(times))
     order = sorted(bench.ways, key=costs.__getitem__)
-    entries: list[Entry] = []
-    again: set[str] = set()
-    for t in tqdm(times, "calibrating", disable=not progress, unit="time"):
-        found = _at(bench, t, count, order, again, calls)
-        again = _cheapest(found)
-        entries.extend(found)
+    found: dict[float, list[Entry]] = {}
+    longest = 0.0
+    for t in tqdm(_spread(times), "calibrating", disable=not progress, unit="time"):
+        before = time.perf_counter()
+        if len(found) >= _LEAST_TIMES and before - began + longest > seconds:
+            break
+        again = set().union(*(_cheapest(found[near]) for near in _beside(t, found)))
+        found[t] = _at(bench, t, count, order, again, calls)
+        longest = max(longest, time.perf_counter() - before)
+    entries = tuple(entry for t in sorted(found) for entry in found[t])
     about = {
         "seed": seed,
         "queries": count,
@@ -237,7 +247,7 @@ def calibrate(
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
     }
-    table = Calibration(tuple(entries), name_of(index), calls, about)
+    table = Calibration(entries, name_of(index), calls, about)
     table.save(index.folder / FILE)
     return table
 
@@ -261,10 +271,8 @@ def _at(
 
     Those in `again` are measured in any case, for a ladder must meet a tolerance at two times in a row.
     """
-    sets = [bench.ask(t, count, held_in=True)]
-    if bench.has_others:
-        sets.append(bench.ask(t, max(2, count // _HELD_OUT), held_in=False))
-    answers = {EXACT: [_Answered.exactly(asked, calls[EXACT]) for asked in sets]}
+    sets = bench.ask(t, count, calls[EXACT])
+    answers = {EXACT: [_Answered.exactly(asked) for asked in sets]}
     met = False
     for name in order:
         if met and name not in again | _ALWAYS:
@@ -339,7 +347,24 @@ def _times(collapse: float) -> tuple[float, ...]:
     return tuple(kept)
 
 
-def _thinned(times: Sequence[float], count: int) -> tuple[float, ...]:
-    """`count` of the times, evenly spread, both ends among them."""
-    places = torch.linspace(0, len(times) - 1, max(2, count)).round().long().unique()
-    return tuple(times[place] for place in places.tolist())
+def _spread(times: Sequence[float]) -> list[float]:
+    """The times in an order of which every beginning is evenly spread: the ends, then the middles of gaps."""
+    places = [0, len(times) - 1]
+    while len(places) < len(times):
+        low, high = max(pairwise(sorted(places)), key=lambda gap: gap[1] - gap[0])
+        places.append((low + high) // 2)
+    return [times[place] for place in dict.fromkeys(places)]
+
+
+def _beside(t: float, measured: Iterable[float]) -> list[float]:
+    """The nearest of the measured times before and after `t`."""
+    before = sorted(time for time in measured if time < t)
+    after = sorted(time for time in measured if time > t)
+    return before[-1:] + after[:1]
+
+
+def _affordable(costs: Mapping[str, float], seconds: float) -> int:
+    """Queries that can be measured at one time in so many seconds."""
+    # About half of the ladders are measured at a time; the others are hopeless there, or not needed.
+    per_query = (1 + 1 / _HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
+    return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(seconds / per_query) // _BATCH * _BATCH))

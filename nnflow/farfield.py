@@ -112,8 +112,8 @@ class NearAndFar(Support):
             return self._all.part(x, t, images)
         steps = pairwise(self.ladder.levels)
         passed = sum(keep * rank for (_, keep), (rank, _) in steps)
-        # A level's rows of bytes, once more for those whose mean is summed; the logits.
-        per_query = 8 * count + 2 * passed + 24 * self.rows.dim
+        # A level's rows of bytes, once more for those whose mean is summed; the logits and their maxima.
+        per_query = 5 * count + 2 * passed + 24 * self.rows.dim
         chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
         return Part.joined([self._climb(x[some], t[some], images) for some in places], places)

@@ -444,8 +444,8 @@ def test_a_store_larger_than_memory_is_built_within_it(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    # What allocators keep varies by 10 MiB from run to run.
-    assert int(done.stdout) < memory + (16 << 20) < stores[1].pixels.nbytes
+    # What allocators keep varies by more than 10 MiB from run to run: 17.6 MiB were seen on a busy machine.
+    assert int(done.stdout) < memory + (24 << 20) < stores[1].pixels.nbytes
 
 
 @pytest.mark.parametrize("after", [6, 7])  # with one more kept than the embedding it would be half a graph

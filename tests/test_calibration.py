@@ -87,6 +87,19 @@ class TestPlan:
         assert module._divided(costs, {"512/9": 1.0, "64/9 alone": 6.0}) == ("512/9", "512/9")
         assert module._called(("64/9 alone else 512/9", "64/9 alone"), {"512/9": 1.0, "64/9 alone": 3.0}) == 4
 
+    def test_of_equal_costs_the_smallest_error_held_out_wins(self) -> None:
+        """Two in turn, of which the second is hardly asked: .3 % more, and right for images held out."""
+        alone, turns = "64/9 alone", "64/9 alone else 512/9"
+        for price, wanted in ((0.101, turns), (0.13, alone)):
+            entries = [
+                Entry(0.1, "512/9", 0.4, errors(0.001), errors(0.1)),
+                Entry(0.3, alone, 0.1, errors(0.001), errors(0.3)),
+                Entry(0.3, turns, price, errors(0.001), errors(0.002)),
+                *(Entry(t, "exact", 1.0, NONE, NONE) for t in (0.1, 0.3)),
+            ]
+            found = Calibration(tuple(entries), "an index", {"512/9": 0.001}, {}).plan(0.01)
+            assert found.ladders == ("512/9", "exact", wanted)
+
     def test_names_of_two_ways(self) -> None:
         assert module.ways_of(module.in_turn("64/32 alone", "512/100")) == ("64/32 alone", "512/100")
         assert module.ways_of("64/32 alone") == ("64/32 alone",)
@@ -132,10 +145,10 @@ def measured(index: NeighbourIndex) -> Calibration:
 _ANSWER = measuring._Bench.answer
 
 
-def priced(bench: Any, way: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, float]:
+def priced(bench: Any, way: Any, x: Tensor, t: Tensor, size: int = 64) -> tuple[Tensor, Tensor, float]:
     ladder = getattr(way, "ladder", None)
     price = 1.0 if ladder is None else sum(rank + keep for rank, keep in ladder.levels) / 1e4
-    return *_ANSWER(bench, way, x, t)[:2], price
+    return *_ANSWER(bench, way, x, t, size)[:2], price
 
 
 def test_errors_are_those_taken_by_hand(index: NeighbourIndex, measured: Calibration) -> None:
@@ -211,15 +224,36 @@ def test_one_seed_gives_one_set_of_errors(index: NeighbourIndex, measured: Calib
 
 
 def test_little_time_means_fewer_times(index: NeighbourIndex, measured: Calibration) -> None:
-    """1 s for one exact answer, as `priced` says: 10 s are not enough for anything."""
+    """By a clock on which each takes 10 s: nine fit into 95 s; no fewer than six, no more than all."""
+    asked, hand = measuring._Bench.ask, [0.0]
+
+    def slow(*args: Any, **kwargs: Any) -> list[measuring._Asked]:
+        hand[0] += 10
+        return asked(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring._Bench, "answer", priced)
-        found = calibrate(index, seconds=10.0)
+        patch.setattr(measuring._Bench, "ask", slow)
+        patch.setattr(measuring.time, "perf_counter", lambda: hand[0])
+        counts = {seconds: calibrate(index, seconds=seconds).times for seconds in (10.0, 95.0, 1e4)}
     measured.save(index.folder / "calibration.json")
-    assert len(found.times) == 6
-    assert found.times[0] == 0.005
-    assert found.times[-1] == 0.99
-    assert found.entries[0].held_in.queries == 64
+    all_times = measuring._times(index.manifest["collapse_time"])
+    assert [len(times) for times in counts.values()] == [6, 9, len(all_times)]
+    for times in counts.values():
+        assert (times[0], times[-1]) == (0.005, 0.99)
+    assert all(entry.held_in.queries == 64 for entry in calibrate(index, seconds=1e-3).entries)
+
+
+def test_every_beginning_of_the_order_is_spread() -> None:
+    times = [float(place) for place in range(17)]
+    found = measuring._spread(times)
+    assert sorted(found) == times
+    for count in range(2, 17):
+        gaps = torch.tensor(sorted(found[:count])).diff()
+        assert gaps.max() <= 16 / 2 ** ((count - 1).bit_length() - 1)
+    assert (measuring._spread([0.1]), measuring._spread([0.1, 0.2])) == ([0.1], [0.1, 0.2])
+    assert measuring._beside(0.3, {0.1: 0, 0.2: 0, 0.4: 0, 0.9: 0}) == [0.2, 0.4]
+    assert measuring._beside(0.3, {0.4: 0}) == [0.4]
 
 
 def test_a_small_set_is_the_exact_field(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Measure how far off the field of the index OUT is, and how quick, for ladders of resolutions.
 
-    At each of some 25 times the velocity by each ladder is compared with that of all images, on the paths
+    At up to some 25 times the velocity by each ladder is compared with that of all images, on the paths
     from noise to images of OUT (held in) and to others (held out). near-and-far then takes the cheapest
     ladder whose error meets a tolerance. Prints the choice, and writes into OUT calibration.json,
     calibration.png and, where time allows, settling.npz: from which time on each image is alone on its path.
