@@ -25,6 +25,8 @@ EXACT = "exact"
 _ELSE = " else "
 
 _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
+# Queries of which the largest error is no smaller than the true percentile, at that confidence
+CERTAIN = math.ceil(math.log(1 - _CONFIDENCE) / math.log(0.99))
 BATCH = 128  # queries at uniform times whose cost a plan makes small: a usual training batch
 _SPARE = 0.02  # share of that cost that smaller errors on images held out may take besides
 

@@ -22,10 +22,12 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from nnflow import integers
 from nnflow.embedding import Embedding
 from nnflow.errors import StoreError
 from nnflow.files import disk_errors, reserve, shown, write_at
 from nnflow.integers import LEVELS
+from nnflow.laidout import LaidOut, Rows
 
 _FIRST_EDGE = 32
 _HEAD = 64  # coordinates with a step of their own
@@ -52,6 +54,7 @@ class Coordinates:
         self._squares: dict[int, Tensor] = {}
         self._widest: dict[tuple[int, int], float] = {}
         self._moved: dict[torch.device, Coordinates] = {}
+        self._laid_out: LaidOut | None = None
 
     @property
     def rank(self) -> int:
@@ -80,6 +83,19 @@ class Coordinates:
             blocks = self.rows[:, :rank].split(_BLOCK_ROWS)
             self._squares[rank] = torch.cat([self.values(block).square_().sum(1) for block in blocks])
         return self._squares[rank]
+
+    def scanned(self, images: slice, budget: int) -> Rows:
+        """Some images' bytes as a scan reads them: laid out if all are asked for and fit in `budget` bytes.
+
+        A class' images are few, and the blocks laid out begin elsewhere.
+        """
+        count, rank = self.rows.shape
+        fits = self.rows.device.type == "cpu" and self.rows.nbytes <= budget and rank >= integers.LEAST
+        if (images.start, images.stop) != (0, count) or not fits or not integers.factors_are_fast():
+            return Rows(self.rows[images])
+        if self._laid_out is None:
+            self._laid_out = LaidOut(self.rows, cut=_HEAD)
+        return self._laid_out
 
     def widest(self, start: int, stop: int) -> float:
         """The largest sum of |bytes| of any image in these coordinates; a pass over them the first time."""

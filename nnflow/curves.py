@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nnflow.calibration import EXACT, Calibration, Plan
+from nnflow.calibration import CERTAIN, EXACT, Calibration, Plan
 from nnflow.sheet import BLACK, BLUE, GREY, ORANGE, SMALL, Sheet
 
 _MOST = 6  # ladders that are told apart at a glance
@@ -48,7 +48,8 @@ def calibration_curves(calibration: Calibration, path: Path | str, *, tolerance:
     sheet.key(axes, columns=3)
     queries = min(entry.held_in.queries for entry in calibration.entries)
     about = f"{queries:,} queries on the paths to stored images at each of {len(plan.times)} times; "
-    about += "taken where the upper end of the percentile (90 % confidence) meets the tolerance"
+    decides = "upper end of the percentile (90 % confidence)" if queries >= CERTAIN else "largest of them"
+    about += f"taken where the {decides} meets the tolerance"
     sheet.title("Error of each ladder against the exact field u*, and the one taken", about)
     names = "64/30: all images by 64 coordinates, the best 30 in pixels; alone: the others are left out; "
     names += "else: what the first has not settled"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
+from nnflow.laidout import MOST_ROWS, Rows
 from nnflow.memory import rows_within
 from nnflow.nearfield import weigh
 from nnflow.pixels import PixelRows
@@ -28,6 +29,7 @@ from nnflow.weighted import WeightedMean
 # A candidate this far below the heaviest, exp(-20) = 2e-9 of the mass, and by so many standard deviations of
 # what its coordinates leave open, is not read from the store.
 _IRRELEVANT, _DEVIATIONS = 20.0, 6.0
+_TOGETHER = 128  # queries of a scan: 256 in two halves take 144 ms, at once 197 (CIFAR-10, 512/100, 2 cores)
 _WIDTHS = (2, 8, 32, 128, 512)  # candidates per query, rounded up to one of these
 # Coordinates of their mean that are summed; of the others eq. 11 has the mean. With 128 of 512 the 99th
 # percentile of the error rises from .36 to .46 % at t = .1 (CIFAR-10, 512/100), with 64 to .63 %.
@@ -50,11 +52,11 @@ class _Queries:
 class _Level:
     """Images weighed by their first `rank` coordinates, and the best of them.
 
-    Rows are those of all images, (n, r), or each query's own, (B, K, r).
+    Rows are those of all images, or each query's own.
     """
 
     rank: int
-    rows: Int8[Tensor, "..."]
+    rows: Rows | Int8[Tensor, "B m r"]
     scores: Scores
     best: Float[Tensor, "B K"]
     places: Int[Tensor, "B K"]
@@ -112,9 +114,11 @@ class NearAndFar(Support):
             return self._all.part(x, t, images)
         steps = pairwise(self.ladder.levels)
         passed = sum(keep * rank for (_, keep), (rank, _) in steps)
-        # A level's rows of bytes, once more for those whose mean is summed; the logits and their maxima.
-        per_query = 5 * count + 2 * passed + 24 * self.rows.dim
-        chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
+        # A level's rows of bytes, once more for those whose mean is summed; the logits and their maxima, and
+        # of a block the products they are made of.
+        per_query = 5 * count + 16 * min(count, MOST_ROWS) + 2 * passed + 24 * self.rows.dim
+        most = min(len(x), _TOGETHER) if x.device.type == "cpu" else len(x)
+        chunk = rows_within(self.budget, per_query, at_most=most, what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
         return Part.joined([self._climb(x[some], t[some], images) for some in places], places)
 
@@ -143,8 +147,9 @@ class NearAndFar(Support):
     def _level(self, queries: _Queries, ids: Tensor | None, images: slice, rank: int, keep: int) -> _Level:
         """All images, or `ids` that a level passed on, by their first `rank` coordinates (eq. 9)."""
         squares = self.coordinates.squares(rank)
+        rows: Rows | Tensor
         if ids is None:
-            rows, squares = self.coordinates.rows[images, :rank], squares[images]
+            rows, squares = self.coordinates.scanned(images, self.budget), squares[images]
         else:
             picked = self.coordinates.rows[:, :rank].index_select(0, ids.flatten())
             rows, squares = picked.view(*ids.shape, rank), squares[ids]
@@ -170,7 +175,7 @@ class NearAndFar(Support):
         matters = constant + level.scores.log_bound(top) > near.log_mass - _FAINT
         log_mass, log_square = torch.empty_like(constant), torch.empty_like(constant)
         some, others = matters.nonzero()[:, 0], (~matters).nonzero()[:, 0]
-        left = weighted(scores, top, level.rows[..., :_SUMMED], some)
+        left = weighted(scores, top, level.rows, some, min(rank, _SUMMED))
         log_mass[some], log_square[some] = left.log_mass, left.log_square
         mean[some, : left.mean.shape[1]] = self.coordinates.values(left.mean)
         log_mass[others], log_square[others] = masses(scores, top, others)

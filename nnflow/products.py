@@ -17,15 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from nnflow import integers
+from nnflow.laidout import MOST_ROWS, Products, Rows, block_rows
 from nnflow.weighted import WeightedMean
 
 _STRIDE = 16  # images that share a maximum while the largest logits are sought
-_BLOCK = 1 << 19  # logits of a block: with them, and the integers they are made of, 6 MB
-_LEAST_ROWS, _MOST_ROWS = 1 << 11, 1 << 14  # of a block; 2^14 products of bytes sum within int32
 FAINTEST = -115.0  # bits: 1e-35. From 2^-126 down weights are denormal, and products with them slow
 BITS = 1 / math.log(2)  # exp2 takes 0.19 ms for 1,600,000 values, exp 0.49
 _FINEST = integers.LEVELS  # steps of a weight
@@ -115,19 +114,23 @@ class _Digits:
             parts.append(cls(cut, rank, *integers.one_digit(row[:, cut:])))
         return parts
 
-    def products(self, rows: Int8[Tensor, "m r"]) -> Tensor:
-        """With some images, (B, m) in units: int32, or float32 as `integers.product`."""
-        found = integers.product(self.bytes, rows[:, self.start : self.stop].T)
-        if len(found) == len(self.unit):
-            return found
-        high, low = found.split(len(self.unit))
-        return low.add_(high, alpha=2 * integers.LEVELS)  # at most 5e8, of 2^31
+    def products(self, rows: Rows) -> Products:
+        """What multiplies images, (B, m) in units: int32, or float32 as `integers.product`."""
+        multiplied = rows.products(self.bytes, self.start)
+        if len(self.bytes) == len(self.unit):
+            return multiplied
+
+        def joined(images: slice) -> Tensor:
+            high, low = multiplied(images).split(len(self.unit))
+            return low.add_(high, alpha=2 * integers.LEVELS)  # at most 5e8, of 2^31
+
+        return joined
 
 
 def scores_of(
     row: Float[Tensor, "B r"],
     fall: Float[Tensor, " B"],
-    rows: Int8[Tensor, "..."],
+    rows: Rows | Int8[Tensor, "B K r"],
     squares: Float[Tensor, "..."],
     buffer: Buffer,
     *,
@@ -138,29 +141,28 @@ def scores_of(
     Args:
         row: of each query.
         fall: of each query.
-        rows: all images', (n, r), or each query's own, (B, K, r).
+        rows: all images', or each query's own.
         squares: theirs, (n,) or (B, K).
         buffer: where the logits of all images go; those of the call before are lost.
         fine: whether they are to be summed, or only to say which images come first.
     """
     none = torch.empty(0, dtype=torch.int64, device=row.device)
-    if rows.ndim == 3:
+    if isinstance(rows, Tensor):
         values, unit = _own_scores(row, fall, rows, squares)
         return Scores(values, None, none, none, none, ((0, row.shape[1], unit),))
-    count, fall = len(rows), fall[:, None]
+    count, fall = len(rows), -fall[:, None]
     digits = _Digits.of(row, fine=fine)
     values = buffer.take((len(row), count), row)
+    products = [(part.products(rows), part.unit[:, None]) for part in digits]
     maxima, first, step = [], [], []
-    size = _block_rows(len(row))
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        some = values[:, start:stop].copy_(digits[0].products(rows[start:stop])).mul_(digits[0].unit[:, None])
-        for part in digits[1:]:
-            some.addcmul_(part.products(rows[start:stop]), part.unit[:, None])
-        some.addcmul_(squares[start:stop], fall, value=-1)
-        width = (stop - start) // _STRIDE
+    for images in rows.blocks(len(row)):
+        some = values[:, images]
+        torch.mul(squares[images], fall, out=some)
+        for multiplied, unit in products:
+            some.addcmul_(multiplied(images), unit)
+        width = some.shape[1] // _STRIDE
         maxima.append(some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width)).amax(1))
-        first.append(torch.arange(start, start + width, device=row.device))
+        first.append(torch.arange(images.start, images.start + width, device=row.device))
         step.append(torch.full_like(first[-1], width))
     units = tuple((part.start, part.stop, part.unit) for part in digits)
     tail = torch.arange(count - count % _STRIDE, count, device=row.device)
@@ -195,66 +197,60 @@ def masses(
 def weighted(
     scores: Float[Tensor, "B n"],
     top: Float[Tensor, " B"],
-    rows: Int8[Tensor, "..."],
+    rows: Rows | Int8[Tensor, "B K r"],
     asked: Int[Tensor, " b"],
+    rank: int,
 ) -> WeightedMean:
-    """As `masses`, and the mean of the rows of all images, (n, r), or of each query's own, (B, K, r).
+    """As `masses`, and the mean of the first `rank` coordinates, of all images' rows or each query's own.
 
     For the mean a weight is a whole number of 127ths of exp(top) (`_dithered`). What that adds to the mean
     is noise, of a variance of at most 1 / (127 sum exp(scores - top)) of that of the images.
     """
     top = top[asked]
     mass, square, count = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
-    total = torch.zeros(len(asked), rows.shape[-1], device=scores.device)
-    own, start = rows.ndim == 3, 0
-    for some, block in zip(
-        [scores[asked]] if own else _blocks(scores, asked),
-        [rows[asked]] if own else rows.split(_block_rows(len(asked))),
-        strict=True,
-    ):
-        weights = _weights(some, top)
+    total = torch.zeros(len(asked), rank, device=scores.device)
+    whole_row = [slice(0, scores.shape[1])]
+    for images in whole_row if isinstance(rows, Tensor) else rows.blocks(len(asked)):
+        weights = _weights(_of(scores[:, images], asked), top)
         mass += weights.sum(1)
         square += torch.linalg.vector_norm(weights, dim=1).square()
-        whole = _dithered(weights, start)
+        whole = _dithered(weights, images.start)
         count += whole.sum(1, dtype=torch.int32)
-        total += integers.own_sums(whole[:, None], block)[:, 0] if own else integers.product(whole, block)
-        start += weights.shape[1]
+        if isinstance(rows, Tensor):
+            total += integers.own_sums(whole.view(torch.int8)[:, None], rows[asked, :, :rank])[:, 0]
+        else:
+            total += rows.sums(whole, images, rank)
     return WeightedMean(*_logs(mass, square, top), total / count.clamp_min(1)[:, None])
 
 
-def _dithered(weights: Float[Tensor, "B m"], start: int) -> Int8[Tensor, "B m"]:
+def _dithered(weights: Float[Tensor, "B m"], start: int) -> UInt8[Tensor, "B m"]:
     """Weights as whole numbers, up or down by their place from `start` on, right on average; overwrites them.
 
     Rounded to the nearest, all weights below 1/2 would be lost, and half of the mass may be of such ones. A
     place is an image's, whatever the block: a query's answer does not depend on those asked with it.
     """
-    first = start % _MOST_ROWS
-    return weights.add_(_dither(weights.device)[first : first + weights.shape[1]]).to(torch.int8)
+    first = start % MOST_ROWS
+    return weights.add_(_dither(weights.device)[first : first + weights.shape[1]]).to(torch.uint8)
 
 
 @functools.cache
 def _dither(device: torch.device) -> Float[Tensor, " m"]:
     """Multiples of the golden ratio, spread evenly over [0, 1), and the same again.
 
-    The largest is 1 - 7e-5: 127 and it is still 127, and only weights below 5e-7 of the largest are lost.
+    The largest is 1 - 3e-5: 127 and it is still 127, and only weights below 2e-7 of the largest are lost.
     """
-    steps = torch.arange(1, _MOST_ROWS + 1, dtype=torch.float64, device=device)
+    steps = torch.arange(1, MOST_ROWS + 1, dtype=torch.float64, device=device)
     return (steps * ((math.sqrt(5) - 1) / 2)).frac().float().repeat(2)
-
-
-def _block_rows(queries: int) -> int:
-    """Images of a block for so many queries, a power of two.
-
-    289 queries in 64 coordinates take 11 ms in blocks of 2,048, 22 ms of 8,192; 12 in 512 coordinates 3.0 and
-    2.4 ms.
-    """
-    return min(max(1 << (_BLOCK // max(1, queries)).bit_length() - 1, _LEAST_ROWS), _MOST_ROWS)
 
 
 def _blocks(scores: Float[Tensor, "B n"], asked: Int[Tensor, " b"]) -> Iterator[Float[Tensor, "b m"]]:
     """Blocks of the scores of some queries: never a copy of all."""
-    for some in scores.split(_block_rows(len(asked)), 1):
-        yield some if len(asked) == len(some) else some.index_select(0, asked)
+    for some in scores.split(block_rows(len(asked)), 1):
+        yield _of(some, asked)
+
+
+def _of(scores: Float[Tensor, "B m"], asked: Int[Tensor, " b"]) -> Float[Tensor, "b m"]:
+    return scores if len(asked) == len(scores) else scores.index_select(0, asked)
 
 
 def _logs(mass: Tensor, square: Tensor, top: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nnflow import calibrating as measuring
 from nnflow import calibration as module
 from nnflow.calibrating import calibrate
-from nnflow.calibration import Calibration, Entry, Quantiles
+from nnflow.calibration import CERTAIN, Calibration, Entry, Quantiles
 from nnflow.errors import InputError, StoreError
 from nnflow.index import NeighbourIndex
 from nnflow.velocity import EmpiricalVelocity
@@ -118,7 +118,7 @@ class TestQuantiles:
         assert Quantiles.of(values).upper == values.double().sort().values[count - 1 - above].item()
         beyond = (torch.rand(20_000, count, generator=torch.Generator().manual_seed(1)) > 0.99).sum(1)
         trust = (beyond > above).double().mean().item()
-        assert count < 230 or trust > 0.89
+        assert count < CERTAIN or trust > 0.89
         assert (beyond > above + 1).double().mean().item() < 0.91, "one more would have done"
 
     def test_quantiles(self) -> None:

@@ -12,10 +12,12 @@ from refusals import refused
 from stores import store_of
 from torch import Tensor
 
+from nnflow import integers
 from nnflow.coordinates import CoordinateFile, Coordinates, edges_of
 from nnflow.errors import StoreError
 from nnflow.fitting import fit_embedding
 from nnflow.index import NeighbourIndex
+from nnflow.laidout import LaidOut, Rows
 from nnflow.products import Buffer, scores_of
 
 N = 150
@@ -59,7 +61,13 @@ def test_products_give_logits(projected: tuple[Coordinates, Tensor], time: float
     squares = (y.double()[:, None] - time * z).square().sum(2)
     wanted = -(squares - y.double().square().sum(1)[:, None]) / (2 * (1 - time) ** 2)
     row, fall = coordinates.query(y, t)
-    scores = scores_of(row, fall, coordinates.rows[:, :rank], coordinates.squares(rank), Buffer())
+    scores = scores_of(
+        row,
+        fall,
+        coordinates.scanned(slice(0, len(coordinates.rows)), budget=1 << 30),
+        coordinates.squares(rank),
+        Buffer(),
+    )
     found = scores.values
     allowed = sum(0.504 * unit * coordinates.widest(start, stop) for start, stop, unit in scores.units)
     assert ((found.double() - wanted).abs() <= allowed[:, None] + 1e-6 * wanted.abs().amax() + 1e-12).all()
@@ -91,6 +99,21 @@ def test_sums_over_the_coordinates(
             fresh.squares(rank).double(), z[:, :rank].square().sum(1), rtol=1e-5, atol=0
         )
         assert fresh.widest(7, rank) == fresh.rows[:, 7:rank].long().abs().sum(1).max()
+
+
+def test_all_images_are_laid_out_once_and_only_within_the_budget(
+    projected: tuple[Coordinates, Tensor],
+) -> None:
+    coordinates, _ = projected
+    fresh = Coordinates(coordinates.rows, coordinates.embedding)
+    every, size = slice(0, len(fresh.rows)), fresh.rows.nbytes
+    kept = fresh.scanned(every, size)
+    assert isinstance(kept, LaidOut) == integers.factors_are_fast()
+    assert (fresh.scanned(every, size) is kept) == integers.factors_are_fast()
+    assert type(fresh.scanned(every, size - 1)) is Rows
+    part = fresh.scanned(slice(20, 90), size)
+    assert type(part) is Rows
+    assert torch.equal(part.rows, fresh.rows[20:90])
 
 
 def test_images_all_alike(tmp_path: Path) -> None:

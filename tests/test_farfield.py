@@ -222,11 +222,15 @@ def test_one_class_sums_its_own_images(tmp_path: Path) -> None:
     assert ((estimate.ids >= 60) | (estimate.ids == -1)).all()
 
 
-def test_products_in_float32_say_the_same(index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor without products of bytes does."""
+@pytest.mark.parametrize("lacking", [["factors_are_fast"], ["factors_are_fast", "are_fast"]])
+def test_other_products_say_the_same(
+    index: NeighbourIndex, lacking: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a torch that lays nothing out does, and a processor without products of bytes."""
     x, t = queries(index.store, 0.1, count=9)
     fast = field_of(index, [(32, 40), (64, 9)])(x, t)
-    monkeypatch.setattr("nnflow.integers.are_fast", lambda: False)
+    for name in lacking:
+        monkeypatch.setattr(f"nnflow.integers.{name}", lambda: False)
     torch.testing.assert_close(field_of(index, [(32, 40), (64, 9)])(x, t), fast, rtol=1e-5, atol=1e-5)
 
 

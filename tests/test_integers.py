@@ -30,6 +30,23 @@ def test_products_are_exact_in_whatever_layout(shape: tuple[int, int, int], fast
     assert torch.equal(integers.product(a, b.contiguous()).long(), wanted)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 16, 1), (3, 5, 40), (1, 512, 17), (66, 6, 999), (7, 1000, 64)]
+)
+def test_factors_are_exact_whatever_their_shape(shape: tuple[int, int, int]) -> None:
+    if not integers.factors_are_fast():
+        pytest.skip("nothing to lay factors out for")
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(m * n)
+    a = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, k + 3), generator=generator, dtype=torch.int8)[:, :k]
+    weights = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
+    factor = integers.Factor(b)
+    rows = b.long().numpy().T
+    assert torch.equal(factor.product(integers.unsigned(a)).long(), torch.from_numpy(a.long().numpy() @ rows))
+    assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
+
+
 @pytest.mark.parametrize("count", [1, 8, 19])
 def test_each_its_own(count: int, fast: bool) -> None:
     generator = torch.Generator().manual_seed(count)
@@ -50,9 +67,11 @@ def test_products_of_the_largest_bytes(fast: bool) -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    integers.are_fast.cache_clear()
+    for probe in (integers.are_fast, integers.factors_are_fast):
+        probe.cache_clear()
     yield
-    integers.are_fast.cache_clear()
+    for probe in (integers.are_fast, integers.factors_are_fast):
+        probe.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -68,6 +87,24 @@ def test_a_torch_without_them_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch, "_int_mm", absent)
     assert not integers.are_fast()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("wrong", [AttributeError("qlinear_prepack"), RuntimeError("not here"), None])
+def test_no_factor_is_laid_out_where_its_products_are_wrong_or_absent(
+    wrong: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(self: integers.Factor, a: torch.Tensor) -> torch.Tensor:
+        if wrong is not None:
+            raise wrong
+        return torch.full((len(a), 64), 64.0 * 127**2 - 1)
+
+    assert integers.factors_are_fast() == (
+        integers.are_fast() and hasattr(torch.ops.onednn, "qlinear_prepack")
+    )
+    integers.factors_are_fast.cache_clear()
+    monkeypatch.setattr(integers.Factor, "product", off)
+    assert not integers.factors_are_fast()
 
 
 def test_two_digits_hold_a_row_to_half_a_unit() -> None:

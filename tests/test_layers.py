@@ -15,7 +15,8 @@ ORDER = """
 errors memory precision files texts filemap path weighted codec pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file unsealed recipes ingest store latents
-integers embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
+integers laidout
+embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
 support nearfield scan residual ladder products farfield calibration planned velocity calibrating settling
 tally pairs targets config unet checkpoint diary batches trainer training
 sampling metrics

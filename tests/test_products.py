@@ -1,14 +1,17 @@
 """Products in blocks against whole ones in float64; the largest against a sort; the buffer."""
 
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from contract import DEVICE
 from torch import Tensor
 
-from nnflow import integers
+from nnflow import integers, laidout
 from nnflow import products as module
+from nnflow.laidout import LaidOut, Rows
 from nnflow.products import Buffer, masses, scores_of, weighted
 
 R = 20
@@ -30,23 +33,32 @@ def squares_of(*shape: int) -> Tensor:
     return 30 * torch.rand(shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
 
 
-@pytest.fixture(params=[True, False], ids=["bytes", "float32"])
-def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param and not integers.are_fast():
+Lay = Callable[[Tensor], Rows]
+
+
+@pytest.fixture(params=["laid out", "bytes", "float32"])
+def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
+    """All images' rows in blocks of 96, as this processor would have them or as another."""
+    if request.param == "laid out" and (str(DEVICE) != "cpu" or not integers.factors_are_fast()):
+        pytest.skip("nothing to lay rows out for")
+    if request.param == "bytes" and not integers.are_fast():
         pytest.skip("this processor has no exact products of bytes")
-    monkeypatch.setattr(integers, "are_fast", lambda: request.param)
-    monkeypatch.setattr(module, "_block_rows", lambda queries: 96)
-    return bool(request.param)
+    fast = request.param != "float32"
+    monkeypatch.setattr(integers, "are_fast", lambda: fast)
+    monkeypatch.setattr(laidout, "MOST_ROWS", 96)
+    for user in (laidout, module):
+        monkeypatch.setattr(user, "block_rows", lambda queries: 96)
+    return partial(LaidOut, cut=8) if request.param == "laid out" else Rows
 
 
 @pytest.mark.parametrize(
     ("count", "k"), [(5000, 3), (5001, 40), (5015, 1), (40, 40), (47, 2), (16, 1), (250, 9)]
 )
-def test_logits_and_the_highest_of_them(count: int, k: int, fast: bool) -> None:
+def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
     rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
     rows[-1] = (127 * row[0] / row[0].abs().max()).to(torch.int8)  # the first query's largest is in no group
     squares[-1] = 0
-    found = scores_of(row, fall, rows, squares, Buffer())
+    found = scores_of(row, fall, lay(rows), squares, Buffer())
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     # half a unit of each value, 1e-5 of the largest, times 127
     torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
@@ -61,12 +73,12 @@ def test_logits_and_the_highest_of_them(count: int, k: int, fast: bool) -> None:
 
 @pytest.mark.parametrize(("fine", "spans"), [(True, [(0, 8), (8, R)]), (False, [(0, R)])])
 def test_what_a_query_has_fewer_digits_for_is_off_by_no_more_than_half_a_unit(
-    fine: bool, spans: list[tuple[int, int]], fast: bool, monkeypatch: pytest.MonkeyPatch
+    fine: bool, spans: list[tuple[int, int]], lay: Lay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HEAD", 8)
     rows, squares, (row, fall) = rows_of(500), squares_of(500), queries()
     row[:, 8:] /= 30  # where there are two spans, what one digit counts in is as small there
-    found = scores_of(row, fall, rows, squares, Buffer(), fine=fine)
+    found = scores_of(row, fall, lay(rows), squares, Buffer(), fine=fine)
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     assert [unit[:2] for unit in found.units] == spans
     allowed = torch.zeros_like(wanted)
@@ -80,7 +92,7 @@ def test_what_a_query_has_fewer_digits_for_is_off_by_no_more_than_half_a_unit(
     assert (off.mean(1) > 0.02 * allowed.mean(1)).all(), "the allowance would cover anything"
 
 
-def test_each_query_with_images_of_its_own(fast: bool) -> None:
+def test_each_query_with_images_of_its_own(lay: Lay) -> None:
     rows, squares, (row, fall) = rows_of(60).view(6, 10, R), squares_of(6, 10), queries()
     found = scores_of(row, fall, rows, squares, Buffer())
     wanted = torch.einsum("ba,bka->bk", row.double(), rows.double()) - fall.double()[:, None] * squares
@@ -98,7 +110,7 @@ def some_scores(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
-def test_masses(asked: list[int], fast: bool) -> None:
+def test_masses(asked: list[int], lay: Lay) -> None:
     scores = some_scores(330)
     found, squares = masses(scores, scores.amax(1) + 1, torch.tensor(asked, dtype=torch.int64, device=DEVICE))
     torch.testing.assert_close(found, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
@@ -107,10 +119,13 @@ def test_masses(asked: list[int], fast: bool) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
-def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
+@pytest.mark.parametrize("rank", [R, 7])
+def test_weighted_means(own: bool, asked: list[int], rank: int, lay: Lay) -> None:
     scores = some_scores(330)
     rows = rows_of(6 * 330).view(6, 330, R) if own else rows_of(330)
-    found = weighted(scores, scores.amax(1), rows, torch.tensor(asked, dtype=torch.int64, device=DEVICE))
+    laid = rows if own else lay(rows)
+    chosen = torch.tensor(asked, dtype=torch.int64, device=DEVICE)
+    found = weighted(scores, scores.amax(1), laid, chosen, rank)
     torch.testing.assert_close(found.log_mass, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
@@ -121,37 +136,39 @@ def test_weighted_means(own: bool, asked: list[int], fast: bool) -> None:
     whole = (127 * weights + (torch.arange(1.0, 331.0).double() * 0.6180339887498949).frac()).floor()
     wanted = torch.einsum("bk,bka->ba", whole / whole.sum(1, keepdim=True), each)
     # a weight that lies between two whole numbers may go either way: bytes of 127 by one of 127 and more
-    torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=2.0)
+    torch.testing.assert_close(found.mean.double(), wanted[:, :rank], rtol=0, atol=2.0)
     exact = torch.einsum("bk,bka->ba", weights / weights.sum(1, keepdim=True), each)
     noise = 127 / 3**0.5 / (127 * weights.sum(1, keepdim=True)).sqrt()  # of bytes spread over -127 ... 127
-    off = (found.mean.double() - exact).square().mean(1, keepdim=True).sqrt()
+    off = (found.mean.double() - exact[:, :rank]).square().mean(1, keepdim=True).sqrt()
     assert (off < noise).all()
 
 
-def test_half_of_the_mass_in_weights_that_round_to_nothing_is_not_lost(fast: bool) -> None:
+def test_half_of_the_mass_in_weights_that_round_to_nothing_is_not_lost(lay: Lay) -> None:
     """One image of weight 1 and 96,000 of 1/96,000 each, 1/760 of a 127th: the mean is half of either."""
     rows = torch.full((96_001, R), -100, dtype=torch.int8)
     rows[0] = 100
     scores = torch.full((1, 96_001), -torch.tensor(96_000.0).log().item())
     scores[0, 0] = 0.0
-    found = weighted(scores, torch.zeros(1), rows, torch.arange(1))
+    found = weighted(scores, torch.zeros(1), lay(rows), torch.arange(1), R)
     torch.testing.assert_close(found.mean, torch.zeros(1, R), rtol=0, atol=10.0)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_rounded_logits_of_a_million_overflow_no_byte(own: bool) -> None:
+def test_rounded_logits_of_a_million_overflow_no_byte(own: bool, lay: Lay) -> None:
     scores = torch.full((6, 40), 1e6, device=DEVICE)
     scores[:, 3] += 0.25  # above `top`: 127 exp(1/4) would be 163
     rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
-    found = weighted(scores, torch.full((6,), 1e6, device=DEVICE), rows, torch.arange(6, device=DEVICE))
+    laid = rows if own else lay(rows)
+    top, asked = torch.full((6,), 1e6, device=DEVICE), torch.arange(6, device=DEVICE)
+    found = weighted(scores, top, laid, asked, R)
     wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)
     torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("count", [40, 333, 5001])
-def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int, fast: bool) -> None:
+def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int, lay: Lay) -> None:
     rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
-    found = scores_of(row, fall, rows, squares, Buffer())
+    found = scores_of(row, fall, lay(rows), squares, Buffer())
     top = found.highest(5)[0][:, -1]
     wanted = torch.minimum(found.values, top[:, None]).double().logsumexp(1)
     bound = found.log_bound(top)
@@ -161,7 +178,7 @@ def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int,
 
 @pytest.mark.parametrize("queries", [0, 1, 12, 30, 90, 289, 100_000])
 def test_blocks_are_powers_of_two_that_sum_within_int32(queries: int) -> None:
-    rows = module._block_rows(queries)
+    rows = laidout.block_rows(queries)
     assert rows & (rows - 1) == 0
     assert rows % 16 == 0
     assert rows * 127**2 < 2**31
