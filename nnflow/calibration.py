@@ -6,6 +6,7 @@ the path from noise to data, not a bound for every query.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -37,6 +38,25 @@ def ways_of(ladder: str) -> tuple[str, ...]:
     The second takes those queries that the first has not settled (`planned`).
     """
     return tuple(ladder.split(_ELSE))
+
+
+def scan_of(way: str) -> str:
+    """What two ways have in common that weigh all images by the same coordinates: "512" of "512/300".
+
+    They differ in how many images go on to the pixels, and queries of both are scanned together (`planned`).
+    """
+    match = re.fullmatch(r"(\d+)/\d+( alone)?", way)
+    return way if match is None else match[1] + (match[2] or "")
+
+
+def calls_of(ladders: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Which of the ways that a batch divided among `ladders` takes are called together: those of equal value.
+
+    Those that another follows are called before all others, also of the same scan.
+    """
+    turns = [ways_of(name) for name in ladders]
+    firsts = {turn[0] for turn in turns if len(turn) > 1}
+    return {way: (scan_of(way), way in firsts) for turn in turns for way in turn}
 
 
 def in_turn(first: str, then: str) -> str:
@@ -220,17 +240,20 @@ def _sum_of(chosen: Iterable[str], costs: Sequence[Mapping[str, float]]) -> floa
     return sum(cost[name] for cost, name in zip(costs, chosen, strict=True))
 
 
-def _called(ladders: Iterable[str], calls: Mapping[str, float]) -> float:
-    """Seconds of calling each way that these ladders take once."""
-    return sum(calls.get(way, 0.0) for way in {way for name in ladders for way in ways_of(name)})
+def _called(chosen: Iterable[str], calls: Mapping[str, float]) -> float:
+    """Seconds of the calls that these ladders take."""
+    dearest: dict[tuple[str, bool], float] = {}
+    for way, call in calls_of(chosen).items():
+        dearest[call] = max(dearest.get(call, 0.0), calls.get(way, 0.0))
+    return sum(dearest.values())
 
 
 def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -> tuple[str, ...]:
     """One of the names of each of `costs`, of small sum with the `calls` of all ways they take.
 
-    From the cheapest of each, ways are given up one by one, for any other or for one that is used already,
-    while that makes the whole cheaper: the best of all divisions is one of many thousands, and this is at
-    most a few per cent from it.
+    From the cheapest of each, ways are given up one by one or all of a scan, for any other or for one that is
+    used already, while that makes the whole cheaper: the best of all divisions is one of many thousands, and
+    this is at most a few per cent from it.
     """
 
     def cheapest(ways: set[str]) -> tuple[tuple[str, ...], float]:
@@ -247,7 +270,9 @@ def _divided(costs: Sequence[Mapping[str, float]], calls: Mapping[str, float]) -
     best, least = cheapest(ways)
     while True:
         used = {way for name in best for way in ways_of(name)}
-        fewer = [some - {way} for way in sorted(used) for some in (ways, used)]
+        alike = [{other for other in ways if scan_of(other) == scan_of(way)} for way in sorted(used)]
+        given_up = [{way} for way in sorted(used)] + alike
+        fewer = [some - those for those in given_up for some in (ways, used)]
         tried = [(*cheapest(some), some) for some in fewer if suffice(some)]
         if not tried or min(whole for _, whole, _ in tried) >= least:
             return best

@@ -7,11 +7,11 @@ mass and the mean they had, and all of it merges by eq. 4 (docs/field.md, sectio
 Axes:  B queries   n images   K images passed on   r coordinates of a level   D = C*H*W
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from nnflow.index import NeighbourIndex
@@ -52,7 +52,7 @@ class _Queries:
 class _Level:
     """Images weighed by their first `rank` coordinates, and the best of them.
 
-    Rows are those of all images, or each query's own.
+    Rows are those of all images, or each query's own; of the best so many as `kept` says go on.
     """
 
     rank: int
@@ -60,6 +60,17 @@ class _Level:
     scores: Scores
     best: Float[Tensor, "B K"]
     places: Int[Tensor, "B K"]
+    kept: Int[Tensor, " B"]
+
+    @property
+    def passed(self) -> Bool[Tensor, "B K"]:
+        """Which of the best go on."""
+        return torch.arange(self.best.shape[1], device=self.kept.device) < self.kept[:, None]
+
+    @property
+    def last(self) -> Float[Tensor, " B"]:
+        """The lowest logit of those: none left behind is above it."""
+        return self.best.gather(1, self.kept[:, None] - 1)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,21 @@ class NearAndFar(Support):
         """Radius of the data about its mean, plus the way there."""
         return self._embedding.reach(mean)
 
-    def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
-        """Climbs the ladder; where that would read every image or coordinate, sums all images instead."""
+    def part(
+        self,
+        x: Float[Tensor, "B D"],
+        t: Float[Tensor, " B"],
+        images: slice,
+        keep: Int[Tensor, " B"] | None = None,
+    ) -> Part:
+        """Climbs the ladder; where that would read every image or coordinate, sums all images instead.
+
+        Args:
+            x: queries.
+            t: their times.
+            images: the stored images to sum over.
+            keep: of each query, images read in pixels; at most, and by default, those of the last level.
+        """
         count = images.stop - images.start
         if count <= self.ladder.levels[-1][1] or self._every_coordinate:
             self._all = self._all or AllImages(self.rows, budget=self.budget)
@@ -120,13 +144,16 @@ class NearAndFar(Support):
         most = min(len(x), _TOGETHER) if x.device.type == "cpu" else len(x)
         chunk = rows_within(self.budget, per_query, at_most=most, what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
-        return Part.joined([self._climb(x[some], t[some], images) for some in places], places)
+        keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
+        found = Part.joined([self._climb(x[some], t[some], images, keep[some]) for some in places], places)
+        return replace(found, ladders=tuple(self.ladder.named(kept) for kept in keep.tolist()))
 
-    def _climb(self, x: Tensor, t: Tensor, images: slice) -> Part:
+    def _climb(self, x: Tensor, t: Tensor, images: slice, last: Int[Tensor, " B"]) -> Part:
         queries = self._coordinates_of(x, t)
         levels, ids = [], None
         for rank, keep in self.ladder.levels:
-            level = self._level(queries, ids, images, rank, keep)
+            kept = last if rank == self.ladder.levels[-1][0] else torch.full_like(last, keep)
+            level = self._level(queries, ids, images, rank, kept)
             levels.append(level)
             ids = level.places + images.start if ids is None else ids.gather(1, level.places)
         assert ids is not None
@@ -144,7 +171,9 @@ class NearAndFar(Support):
         outside = c.square().sum(1).double() - y.square().sum(1).double()
         return _Queries(x, t, c, y, outside.clamp_min(0))
 
-    def _level(self, queries: _Queries, ids: Tensor | None, images: slice, rank: int, keep: int) -> _Level:
+    def _level(
+        self, queries: _Queries, ids: Tensor | None, images: slice, rank: int, kept: Int[Tensor, " B"]
+    ) -> _Level:
         """All images, or `ids` that a level passed on, by their first `rank` coordinates (eq. 9)."""
         squares = self.coordinates.squares(rank)
         rows: Rows | Tensor
@@ -155,8 +184,9 @@ class NearAndFar(Support):
             rows, squares = picked.view(*ids.shape, rank), squares[ids]
         row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
         scores = scores_of(row, fall, rows, squares, self._buffer, fine=self.ladder.far)
-        best, places = scores.highest(min(keep, scores.values.shape[1]))
-        return _Level(rank, rows, scores, best, places)
+        kept = kept.clamp_max(scores.values.shape[1])
+        best, places = scores.highest(int(kept.max()))
+        return _Level(rank, rows, scores, best, places, kept)
 
     def _rest(self, queries: _Queries, level: _Level, near: WeightedMean) -> _Rest:
         """Mass and mean coordinates of the images a level leaves behind; overwrites its scores.
@@ -166,8 +196,9 @@ class NearAndFar(Support):
         """
         scores, rank = level.scores.values, level.rank
         rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
-        scores.view(-1).index_fill_(0, (level.places + rowwise).flatten(), -torch.inf)  # scatter_ copies all
-        top = level.best[:, -1]  # none of those left behind is above the last that went on
+        gone = (level.places + rowwise)[level.passed]
+        scores.view(-1).index_fill_(0, gone, -torch.inf)  # scatter_ copies all
+        top = level.last
         noise = (1 - queries.t.double()).square()
         constant = self._residual.log_mass(queries.y, queries.outside, queries.t, rank)
         constant -= 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
@@ -192,8 +223,8 @@ class NearAndFar(Support):
         As eq. 8, without a bound for the coordinates beyond the first r. What the query's digits and
         float32 round away is added; and no image is further from its bytes than `rounding`.
         """
-        rank, last = level.rank, level.best[:, -1]
-        left = level.scores.values.shape[1] - level.best.shape[1]
+        rank, last = level.rank, level.last
+        left = level.scores.values.shape[1] - level.kept
         time, reach = queries.t.double(), self._embedding.radius + self.coordinates.rounding(rank)
         noise = (1 - time).square()
         size = queries.y[:, :rank].double().norm(dim=1)
@@ -204,7 +235,7 @@ class NearAndFar(Support):
         nearest = (-2 * noise * (last.double() + slack) + size.square()).clamp_min(0).sqrt()
         nearest = (nearest - time * self.coordinates.rounding(rank)).clamp_min(0)
         ball = (queries.c.double().norm(dim=1) - time * self._embedding.radius).clamp_min(0)
-        return -0.5 * torch.maximum(nearest, ball).square() / noise + torch.tensor(float(left)).log()
+        return -0.5 * torch.maximum(nearest, ball).square() / noise + left.double().log()
 
     def _far(self, queries: _Queries, rests: list[_Rest]) -> WeightedMean:
         """All levels' rests as one part: their coordinates are mixed, then made an image once."""
@@ -225,6 +256,7 @@ class NearAndFar(Support):
         top = level.best
         margin = _IRRELEVANT + _DEVIATIONS * self._spread(queries, level.rank)
         needed = (top.double() >= top[:, :1].double() - margin[:, None]).sum(1)
+        needed = torch.minimum(needed, level.kept)
         ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= needed[:, None], -1)
         parts, rows, least = [], [], 0
         for width in sorted({min(width, ids.shape[1]) for width in (*_WIDTHS, ids.shape[1])}):

@@ -57,6 +57,11 @@ class Ladder:
         pairs = [level.split("/") for level in match[1].split()]
         return cls(tuple((int(rank), int(keep)) for rank, keep in pairs), match[2] is None)
 
+    def named(self, keep: int) -> str:
+        """What it is called where the last level passes on `keep` images."""
+        rank, _ = self.levels[-1]
+        return str(Ladder((*self.levels[:-1], (rank, keep)), self.far))
+
     def __str__(self) -> str:
         text = " ".join(f"{rank}/{keep}" for rank, keep in self.levels)
         return text if self.far else f"{text} alone"

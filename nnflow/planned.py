@@ -2,17 +2,19 @@
 
 Around the collapse some queries of one time have settled on one image and others have not. "64/32 alone else
 512/100" asks the cheap way of all of them; where one image holds 99 % of what it summed, its sum is taken,
-and the others are asked again, the dear way (docs/field.md, section 12).
+and the others are asked again, the dear way (docs/field.md, section 12). Ways that differ only in how many
+images they read in pixels scan the others together.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nnflow.calibration import EXACT, Calibration, Plan, ways_of
+from nnflow.calibration import EXACT, Calibration, Plan, calls_of, scan_of, ways_of
 from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
@@ -30,6 +32,30 @@ def settled(part: Part) -> Bool[Tensor, " B"]:
     return part.weighted.ess <= _SETTLED
 
 
+def _keep(way: str) -> int:
+    """Images that a way of one scan reads in pixels; 0 of others."""
+    return Ladder.parse(way).levels[-1][1] if scan_of(way) != way else 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Ways that are called together: one alone, or those of one scan by the one that keeps most."""
+
+    support: Support
+    several: bool
+
+    @classmethod
+    def of(cls, names: Sequence[str], ways: Mapping[str, Support]) -> "_Call":
+        """The call of the ways `names`."""
+        return cls(ways[max(names, key=_keep)], len(names) > 1)
+
+    def part(self, x: Tensor, t: Tensor, images: slice, keep: Int[Tensor, " B"]) -> Part:
+        """The sum for queries whose ways read so many images in pixels."""
+        if self.several and isinstance(self.support, NearAndFar):
+            return self.support.part(x, t, images, keep)
+        return self.support.part(x, t, images)
+
+
 class Calibrated(Support):
     """Each query by the ladder that a plan names for its time."""
 
@@ -38,13 +64,18 @@ class Calibrated(Support):
         self.plan, self.ways = plan, ways
         self._edges = torch.tensor(plan.times, device=rows.device)
         self._errors = torch.tensor(plan.errors, dtype=torch.float64, device=rows.device)
-        # The ways' numbers; those that others follow come first, so that each is called once.
         turns = [ways_of(name) for name in plan.ladders]
-        firsts = {turn[0] for turn in turns if len(turn) > 1}
-        self._order = sorted(ways, key=lambda way: (way not in firsts, way))
-        number = {way: place for place, way in enumerate(self._order)}
-        last = [[number[turn[0]], number[turn[1]] if len(turn) > 1 else _NONE] for turn in turns]
-        self._turns = torch.tensor(last, device=rows.device)
+        together = calls_of(plan.ladders)
+        # Those that others follow come first, so that each is made once.
+        calls = sorted(set(together.values()), key=lambda call: (not call[1], call))
+        self._calls = [_Call.of([way for way in ways if together[way] == call], ways) for call in calls]
+
+        def by_turn(value: Callable[[str], int], none: int) -> Tensor:
+            pairs = [[value(way) for way in turn] + [none] * (2 - len(turn)) for turn in turns]
+            return torch.tensor(pairs, device=rows.device)
+
+        self._turns = by_turn(lambda way: calls.index(together[way]), _NONE)
+        self._keeps = by_turn(_keep, 0)
 
     @classmethod
     def within(cls, tolerance: float, index: NeighbourIndex, rows: PixelRows, *, budget: int) -> "Calibrated":
@@ -70,15 +101,16 @@ class Calibrated(Support):
     def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
         """The sum for queries `x` at times `t`, those of one way together."""
         stretch = torch.bucketize(t, self._edges, right=True)
-        now, then = self._turns[stretch].unbind(1)
-        now = now.clone()
+        now, then = (turn.clone() for turn in self._turns[stretch].unbind(1))
+        keep, keep_then = (turn.clone() for turn in self._keeps[stretch].unbind(1))
         parts, rows = [], []
         while len(waiting := now[now != _NONE]):
-            way = int(waiting.min())
-            mine = (now == way).nonzero()[:, 0]
-            found = self.ways[self._order[way]].part(x[mine], t[mine], images)
-            again = (then[mine] != _NONE) & (then[mine] != way) & ~settled(found)
+            call = int(waiting.min())
+            mine = (now == call).nonzero()[:, 0]
+            found = self._calls[call].part(x[mine], t[mine], images, keep[mine])
+            again = (then[mine] != _NONE) & ~settled(found)
             now[mine] = torch.where(again, then[mine], _NONE)
+            keep[mine], then[mine] = keep_then[mine], _NONE
             parts.append(found.take(~again))
             rows.append(mine[~again])
         joined = Part.joined(parts, rows)

@@ -100,6 +100,36 @@ class TestPlan:
             found = Calibration(tuple(entries), "an index", {"512/9": 0.001}, {}).plan(0.01)
             assert found.ladders == ("512/9", "exact", wanted)
 
+    def test_ways_of_one_scan_cost_one_call(self) -> None:
+        """By ways alone 64/9 would stay for half of the time: 0.64 s, two calls, for 0.77 s of 512/9."""
+        seconds = {"64/9": 0.004, "512/9": 0.006, "512/40": 0.008, "512/9 alone": 0.001}
+        errors = {"64/9": (0.001, 0.1, 0.1), "512/9": (0.001, 0.001, 0.1), "512/40": (0.001, 0.001, 0.001)}
+        entries = [
+            Entry(t, name, seconds[name], Quantiles(0.0, 0.0, error, error, 256), None)
+            for name in errors
+            for t, error in zip((0.3, 0.5, 0.7), errors[name], strict=True)
+        ]
+        entries += [Entry(t, "exact", 0.1, Quantiles(0.0, 0.0, 0.0, 0.0, 256), None) for t in (0.3, 0.5, 0.7)]
+        calls = {"64/9": 0.15, "512/9": 0.3, "512/40": 0.31}
+        table = Calibration(tuple(entries), "an index", calls, {})
+        assert table.plan(0.01).ladders == ("512/9", "512/9", "512/40", "512/40")
+        assert table.call(table.plan(0.01).ladders) == pytest.approx(0.31 / 128)
+        apart = Calibration(tuple(entries), "an index", calls | {"64/9": 0.05}, {})
+        assert apart.plan(0.01).ladders == ("64/9", "512/9", "512/40", "512/40")
+
+    def test_what_is_called_together(self) -> None:
+        scans = {
+            way: module.scan_of(way) for way in ("64/9", "64/9 alone", "64/99 512/9", "index/8", "exact")
+        }
+        assert scans == {"64/9": "64", "64/9 alone": "64 alone"} | {
+            name: name for name in ("64/99 512/9", "index/8", "exact")
+        }
+        found = module.calls_of(
+            ["64/9 alone else 512/9", "512/40", "64/40 alone", "64/9 alone else 64/99 alone"]
+        )
+        assert found["512/9"] == found["512/40"]
+        assert found["64/40 alone"] == found["64/99 alone"] != found["64/9 alone"], "others follow that one"
+
     def test_names_of_two_ways(self) -> None:
         assert module.ways_of(module.in_turn("64/32 alone", "512/100")) == ("64/32 alone", "512/100")
         assert module.ways_of("64/32 alone") == ("64/32 alone",)

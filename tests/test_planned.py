@@ -13,8 +13,10 @@ from torch import Tensor
 from nnflow import calibrating as measuring
 from nnflow.calibration import Calibration, Plan, ways_of
 from nnflow.index import NeighbourIndex
+from nnflow.ladder import Ladder
 from nnflow.pixels import PixelRows
 from nnflow.planned import Calibrated, settled, support_of
+from nnflow.products import Scores, scores_of
 from nnflow.support import Part, Support
 from nnflow.velocity import EmpiricalVelocity
 from nnflow.weighted import WeightedMean
@@ -100,6 +102,51 @@ def test_each_answer_is_that_of_the_way_it_names(index: NeighbourIndex) -> None:
         assert torch.equal(found.candidates[mine], alone.candidates)
     first = EmpiricalVelocity(way(index, "32/8 alone"), index.store).estimate(x, t)
     assert [name == "32/8 alone" for name in found.ladder] == (first.ess <= 1.02).tolist()
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_ways_of_one_scan_are_called_together(
+    index: NeighbourIndex, far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each query's answer is that of its own way, though all images are weighed once for all."""
+    names = [name if far else f"{name} alone" for name in ("64/9", "64/40", "64/3")]
+    rows = PixelRows(index.store.pixels)
+    ways = {name: support_of(name, index, rows, BUDGET) for name in names}
+    both = Calibrated(rows, Plan((0.3, 0.6), tuple(names), (0.1, 0.2, 0.3)), ways, budget=BUDGET)
+    drawn = [queries(index.store, time, count=11) for time in (0.05, 0.45, 0.7)]
+    x, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    scans: list[int] = []
+
+    def counted(row: Tensor, *rest: object, **settings: object) -> Scores:
+        scans.append(len(row))
+        return scores_of(row, *rest, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("nnflow.farfield.scores_of", counted)
+    found = EmpiricalVelocity(both, index.store).estimate(x[order], t[order])
+    assert scans == [33]
+    assert [found.ladder[place] for place in order.argsort().tolist()] == [
+        n for n in names for _ in range(11)
+    ]
+    for name in names:
+        mine = torch.tensor([row for row, other in enumerate(found.ladder) if other == name])
+        field = EmpiricalVelocity(ways[name], index.store)
+        alone = field.estimate(x[order[mine]], t[order[mine]])
+        torch.testing.assert_close(found.velocity[mine], alone.velocity, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.ess[mine], alone.ess, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.bound[mine], alone.bound)
+        assert torch.equal(found.candidates[mine], alone.candidates)
+        assert alone.candidates.max() == Ladder.parse(name).levels[-1][1]
+
+
+def test_a_way_of_the_same_scan_that_follows_another(index: NeighbourIndex) -> None:
+    found = way(index, "64/3 alone else 64/40 alone")
+    x, t = queries(index.store, 0.72, count=60)
+    estimate = EmpiricalVelocity(found, index.store).estimate(x, t)
+    assert set(estimate.ladder) == {"64/3 alone", "64/40 alone"}
+    dear = EmpiricalVelocity(way(index, "64/40 alone"), index.store).estimate(x, t)
+    mine = [row for row, name in enumerate(estimate.ladder) if name == "64/40 alone"]
+    torch.testing.assert_close(estimate.velocity[mine], dear.velocity[mine], rtol=1e-5, atol=1e-5)
 
 
 def test_calibration_says_of_two_ways_what_asking_them_gives(
