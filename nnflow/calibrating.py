@@ -39,7 +39,7 @@ SEARCHES = ("index/8", "index/32", "index/100")
 # Asked first of all queries of a time, with a dearer way for those they do not settle.
 FIRSTS = ("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "index/8", "index/32")
 # Measured at every time: one ladder that serves two stretches saves a batch a call.
-_ALWAYS = {"64/30", "512/100", "128/100 alone", "512/100 alone", *FIRSTS}
+_ALWAYS = {"64/30", "512/30", "512/100", "128/100 alone", "512/100 alone", *FIRSTS}
 _LEAST_SETTLED = 0.05  # share of the queries for which asking a first way may be worth its price
 # Times are measured at these, and at these multiples of the estimated collapse time, around which
 # the error of most ladders is largest.
