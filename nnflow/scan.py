@@ -46,9 +46,8 @@ class AllImages(Support):
         A query whose mass lies on the K images weighed by difference is done after the first pass.
         """
         count = images.stop - images.start
-        # A quarter is the pixel block, a quarter the differences; the rest holds the logits, the copy of
-        # those whose mean needs the second pass, and a few vectors.
-        per_query = 8 * count + 24 * self.rows.dim
+        # A quarter is the pixel block, a quarter the differences; the rest holds the logits and a few vectors.
+        per_query = 4 * count + 24 * self.rows.dim
         chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
         parts = [
             self._chunk(some, times, images)
@@ -87,9 +86,11 @@ class AllImages(Support):
         settled = (near.logits - highest[:, None]).exp().sum(1, dtype=torch.float64)
         rest = (mass - settled > _NEGLIGIBLE * mass).nonzero()[:, 0]
         if len(rest):
-            some = weights if len(rest) == len(x) else weights[rest]
+            for place, row in enumerate(rest.tolist()):  # moved to the front: a copy would be as large again
+                if place != row:
+                    weights[place] = weights[row]
             # divided in float32: by a float64 column torch would first copy all weights at twice the size
-            mean[rest] = self._mean(some.div_(mass[rest, None].float()), images)
+            mean[rest] = self._mean(weights[: len(rest)].div_(mass[rest, None].float()), images)
         return WeightedMean(log_mass, 2 * (squares - mass.log() + log_mass), mean)
 
     def _widen(self, logits: Tensor, places: Tensor, near: Near, x: Tensor, t: Tensor, images: slice) -> None:
