@@ -46,7 +46,7 @@ class AllImages(Support):
         A query whose mass lies on the K images weighed by difference is done after the first pass.
         """
         count = images.stop - images.start
-        # A quarter is the pixel block, a quarter the differences; the rest holds the logits and a few vectors.
+        # A quarter is the pixel block, a quarter the differences; the rest logits and a few vectors.
         per_query = 4 * count + 24 * self.rows.dim
         chunk = rows_within(self.budget, per_query, at_most=len(x), what="logits", share=2)
         parts = [

@@ -111,8 +111,8 @@ def test_samples_that_would_take_too_long_are_measured_in_part_and_said_to_be(
 def test_every_pass_over_the_pixels_is_counted(
     index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget whose half holds the logits and differences of 40 queries of 128: four chunks, two passes."""
-    budget = 2 * 40 * (8 * N + 24 * D)
+    """A budget whose half holds the logits of 40 queries of 128: four chunks, two passes."""
+    budget = 2 * 40 * (4 * N + 24 * D)
     monkeypatch.setattr(sys, "argv", ["bench_scale", str(index.folder), "--memory", str(budget)])
     found = script.streaming(index, script.parsed())
     assert found["passes"] == 8

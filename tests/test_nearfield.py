@@ -1,0 +1,52 @@
+"""Candidates weighed a few at a time, whatever the order they come in, against the sum itself in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnflow.codec import to_uint8
+from nnflow.nearfield import weigh
+from nnflow.path import interpolate
+from nnflow.pixels import PixelRows
+
+D, ROW = 48, 4 * 48  # values, and bytes in float32, of one image
+
+
+@pytest.fixture(scope="module")
+def rows() -> PixelRows:
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randn(1, D, generator=generator) + 0.3 * torch.randn(60, D, generator=generator)
+    return PixelRows(to_uint8(0.4 * near))
+
+
+def logits_of(rows: PixelRows, x: Tensor, t: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of eq. 3, and the images, float64."""
+    images = rows.pixels[ids.clamp_min(0)].double() / 127.5 - 1
+    apart = (x.double()[:, None] - t.double()[:, None, None] * images).square().sum(2)
+    logits = -0.5 * apart / (1 - t.double()[:, None]).square()
+    return logits.masked_fill(ids < 0, -torch.inf), images
+
+
+@pytest.mark.parametrize("heaviest", ["first", "last", "anywhere"])
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("room", [1, 5, 23, 24, 50, 1000])  # images that the budget holds at once
+@pytest.mark.parametrize("time", [0.05, 0.2, 0.35, 0.7, 0.95])
+def test_candidates_are_weighed_a_few_at_a_time(
+    rows: PixelRows, time: float, room: int, norms: bool, heaviest: str
+) -> None:
+    generator = torch.Generator().manual_seed(round(100 * time))
+    ids = torch.stack([torch.randperm(rows.count, generator=generator)[:23] for _ in range(4)])
+    x1 = rows.values(ids[:, 7])
+    x = interpolate(torch.randn(4, D, generator=generator), x1, time)
+    t = torch.full((4,), time)
+    if heaviest != "anywhere":
+        order = logits_of(rows, x, t, ids)[0].argsort(dim=1, descending=heaviest == "first")
+        ids = ids.gather(1, order)
+    ids[1, -6:] = -1
+    logits, images = logits_of(rows, x, t, ids)
+    squares = rows.squared_norms(1 << 20).float() if norms else None
+    near = weigh(rows, ids, x, t, budget=room * ROW, norms=squares)
+    torch.testing.assert_close(near.weighted.log_mass, logits.logsumexp(1), rtol=0, atol=1e-3)
+    assert torch.equal(near.anchor, logits.argmax(1))
+    mean = (logits.softmax(1)[:, :, None] * images).sum(1)
+    torch.testing.assert_close(near.mean.double(), mean, rtol=0, atol=2e-5)
