@@ -50,3 +50,21 @@ def test_candidates_are_weighed_a_few_at_a_time(
     assert torch.equal(near.anchor, logits.argmax(1))
     mean = (logits.softmax(1)[:, :, None] * images).sum(1)
     torch.testing.assert_close(near.mean.double(), mean, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("time", [0.99, 0.9999, 0.99999])
+def test_one_far_heavier_than_what_the_expansion_took_for_the_heaviest(time: float) -> None:
+    """Copies that differ by one grey level: the expansion errs by more than exp holds in float32."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randint(120, 130, (1, 3072), generator=generator, dtype=torch.uint8)
+    pixels = base.repeat(40, 1)
+    pixels[torch.arange(40), torch.arange(40)] += 1
+    rows = PixelRows(pixels)
+    own = torch.randint(40, (64,), generator=generator)
+    x = time * rows.values(own)
+    ids, t = torch.arange(40).expand(64, -1), torch.full((64,), time)
+    near = weigh(rows, ids, x, t, budget=1 << 20)
+    assert float(near.logits.max()) > (88 if time > 0.9999 else -1)
+    logits, images = logits_of(rows, x, t, ids)
+    mean = (logits.softmax(1)[:, :, None] * images).sum(1)
+    torch.testing.assert_close(near.mean.double(), mean, rtol=0, atol=1e-5)
