@@ -268,7 +268,7 @@ def _gathered(rows: PixelRows, ids: Tensor, budget: int) -> Iterator[tuple[slice
     room = budget if rows.device.type == "cuda" else min(_CACHE_BYTES, budget)
     fit = max(1, room // (4 * rows.dim))
     width = min(fit, ids.shape[1])
-    chunk = min(fit // width, len(ids))
+    chunk = max(1, min(fit // width, len(ids)))
     buffer = torch.empty(chunk * width, rows.dim, device=rows.device)
     known = ids.clamp_min(0)
     for start in range(0, len(ids), chunk):

@@ -68,3 +68,9 @@ def test_one_far_heavier_than_what_the_expansion_took_for_the_heaviest(time: flo
     logits, images = logits_of(rows, x, t, ids)
     mean = (logits.softmax(1)[:, :, None] * images).sum(1)
     torch.testing.assert_close(near.mean.double(), mean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("time", [0.1, 0.9])
+def test_no_queries_have_no_means(rows: PixelRows, time: float) -> None:
+    ids = torch.zeros(0, 5, dtype=torch.int64)
+    assert weigh(rows, ids, torch.zeros(0, D), torch.full((0,), time), budget=1 << 20).mean.shape == (0, D)
