@@ -91,7 +91,7 @@ class Coordinates:
         """
         count, rank = self.rows.shape
         fits = self.rows.device.type == "cpu" and self.rows.nbytes <= budget and rank >= integers.LEAST
-        if (images.start, images.stop) != (0, count) or not fits or not integers.factors_are_fast():
+        if (images.start, images.stop) != (0, count) or not fits or not integers.factor_levels():
             return Rows(self.rows[images])
         if self._laid_out is None:
             self._laid_out = LaidOut(self.rows, cut=_HEAD)

@@ -1,34 +1,54 @@
 """Products of bytes, summed exactly: the fastest a processor with VNNI (or AMX) instructions can do.
 
-On one such machine (2 cores) 66 x 512 by 512 x 50,000 takes 2.9 ms, in bfloat16 8 ms, in float32 25 ms.
+On one such machine (2 cores) 66 x 512 by 512 x 50,000 takes 2.9 ms, in bfloat16 8 ms, in float32 25 ms. With
+AVX2 alone torch._int_mm is a plain loop, 1,108 ms where float32 takes 105, and is not used; factors that are
+laid out take 20 ms there, of digits of 7 bits.
 """
 
 import functools
+import time
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 LEVELS = 127  # a signed byte holds -LEVELS ... LEVELS
-_LOW = 2 * LEVELS  # steps of the second digit in one of the first
 LEAST = 16  # below, a product needs no haste; torch._int_mm of torch 2.13 was wrong for a single column
-_PROBED = 64
-_SIGN = 128  # by which a signed byte lies below the unsigned one it is sent as
+_SHORT = 63  # digits whose products with bytes, two added, stay within 16 bits: 2 * 127 * 128 = 32,512
+_PROBED = (64, 512, 512)  # rows, terms and columns of a product that is timed
 _TOGETHER = 8  # of products that have their factors to themselves
 
 
 @functools.cache
 def are_fast() -> bool:
-    """Whether this processor's torch._int_mm is there and right.
-
-    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which saturate: with AVX2 alone
-    64 products of 127 * 127 come to 8,160 instead of 1,032,256.
-    """
-    worst = torch.full((_PROBED, _PROBED), LEVELS, dtype=torch.int8)
+    """Whether this processor's torch._int_mm is there, right, and quicker than float32."""
+    rows, terms, columns = _PROBED
+    a, b = _worst(rows, terms), _worst(columns, terms)
     try:
-        return bool((torch._int_mm(worst, worst) == _PROBED * LEVELS**2).all())
+        right = bool((torch._int_mm(a, b.T) == terms * LEVELS**2).all())
+        return right and _quicker(lambda: torch._int_mm(a, b.T), lambda: a.float() @ b.float().T)
     except (AttributeError, RuntimeError):  # a build of torch without it
         return False
+
+
+def _worst(rows: int, terms: int, levels: int = LEVELS) -> Int8[Tensor, "rows terms"]:
+    """Digits whose products are largest."""
+    return torch.full((rows, terms), levels, dtype=torch.int8)
+
+
+def _quicker(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> bool:
+    """Whether `one` takes less time than `other`: each at its best of three, in turn.
+
+    Bytes take an eighth of float32's time with VNNI instructions, ten times as long in a plain loop.
+    """
+    best = [float("inf")] * 2
+    for _ in range(3):
+        for place, call in enumerate((one, other)):
+            began = time.perf_counter()
+            call()
+            best[place] = min(best[place], time.perf_counter() - began)
+    return best[0] < best[1]
 
 
 def product(a: Int8[Tensor, "m k"], b: Int8[Tensor, "k n"]) -> Int[Tensor, "m n"] | Float[Tensor, "m n"]:
@@ -51,12 +71,12 @@ class Factor:
         rows = torch.nn.functional.pad(b, (0, 0, 0, spare)) if spare else b
         self._held = torch.ops.onednn.qlinear_prepack(rows.contiguous(), None)
 
-    def product(self, a: UInt8[Tensor, "n k"]) -> Float[Tensor, "n m"]:
-        """Of signed bytes that are sent as `unsigned` ones: summed exactly, then rounded to float32."""
-        return self._of(a, _SIGN)
+    def product(self, a: UInt8[Tensor, "n k"], levels: int) -> Float[Tensor, "n m"]:
+        """Of digits of so many `levels`, sent as `unsigned`: summed exactly, then rounded to float32."""
+        return self._of(a, levels + 1)
 
     def sum(self, a: UInt8[Tensor, "n k"]) -> Float[Tensor, "n m"]:
-        """Of weights, which have no sign and are sent as they are."""
+        """Of weights, which have no sign and are sent as they are: exact up to 127."""
         return self._of(a, 0)
 
     def _of(self, a: UInt8[Tensor, "n k"], zero: int) -> Float[Tensor, "n m"]:
@@ -68,9 +88,9 @@ class Factor:
         return found[:, : self._columns]
 
 
-def unsigned(a: Int8[Tensor, "n k"]) -> UInt8[Tensor, "n k"]:
-    """Signed bytes as a `Factor` wants them: 0 is sent as 128."""
-    return (a.to(torch.int16) + _SIGN).to(torch.uint8)
+def unsigned(a: Int8[Tensor, "n k"], levels: int) -> UInt8[Tensor, "n k"]:
+    """Digits of so many levels as a `Factor` wants them: 0 is sent as levels + 1."""
+    return (a.to(torch.int16) + (levels + 1)).to(torch.uint8)
 
 
 @functools.cache
@@ -80,45 +100,66 @@ def _one_and_none() -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def factors_are_fast() -> bool:
-    """Whether torch has the operators that a `Factor` needs, and they are right here (`are_fast`)."""
-    worst = torch.full((_PROBED, _PROBED), LEVELS, dtype=torch.int8)
+def factor_levels() -> int:
+    """The largest digit that a `Factor` multiplies right, and quicker than float32; 0: none, or no factors.
+
+    127, or 63 without VNNI instructions, where oneDNN adds pairs of products in 16 bits, which saturate: of
+    127 * 127 those of 64 pairs come to 8,160 instead of 1,032,256.
+    """
+    rows, terms, columns = _PROBED
+    b = _worst(columns, terms)
     try:
-        factor = Factor(worst)
-        right = (factor.product(unsigned(worst)) == _PROBED * LEVELS**2).all()
-        right &= (factor.sum(worst.view(torch.uint8)) == _PROBED * LEVELS**2).all()
-        return are_fast() and bool(right)
+        factor = Factor(b)
+        weights = _worst(rows, terms).view(torch.uint8)
+        if bool((factor.sum(weights) != terms * LEVELS**2).any()):
+            return 0
+        for levels in (LEVELS, _SHORT):
+            a = _worst(rows, terms, levels)
+            sent = unsigned(a, levels)
+            if bool((factor.product(sent, levels) == terms * levels * LEVELS).all()):
+                break
+        else:
+            return 0
     except (AttributeError, RuntimeError, TypeError):  # a build of torch without them, or with others
-        return False
+        return 0
+    # What saturates is no plain loop: 2.5 times as quick as float32, too little to time on a busy machine.
+    plain = levels == LEVELS and not _quicker(
+        lambda: factor.product(sent, levels), lambda: a.float() @ b.float().T
+    )
+    return 0 if plain else levels
 
 
-def two_digits(values: Float[Tensor, "m k"]) -> tuple[Int8[Tensor, "2*m k"], Float[Tensor, " m"]]:
-    """Rows as integers of two digits: values = unit (254 high + low), high and low in -127 ... 127.
+def two_digits(
+    values: Float[Tensor, "m k"], levels: int = LEVELS
+) -> tuple[Int8[Tensor, "2*m k"], Float[Tensor, " m"]]:
+    """Rows as integers of two digits: values = unit (2 levels high + low), both in -levels ... levels.
 
-    Off by at most unit / 2, a 64,516th of the row's largest value.
+    Off by at most unit / 2: of 127 levels, a 64,516th of the row's largest value.
 
     Returns:
         the high digits of all rows, then the low ones; and the units.
     """
-    unit = unit_of(values)
+    unit = unit_of(values, levels=levels)
     whole = (values / unit[:, None]).round_()
-    high = (whole / _LOW).round_()
-    return torch.cat([high, whole.sub_(high, alpha=_LOW)]).to(torch.int8), unit
+    high = (whole / (2 * levels)).round_()
+    return torch.cat([high, whole.sub_(high, alpha=2 * levels)]).to(torch.int8), unit
 
 
-def one_digit(values: Float[Tensor, "m k"]) -> tuple[Int8[Tensor, "m k"], Float[Tensor, " m"]]:
+def one_digit(
+    values: Float[Tensor, "m k"], levels: int = LEVELS
+) -> tuple[Int8[Tensor, "m k"], Float[Tensor, " m"]]:
     """Rows as integers of one digit: values = unit digit, off by at most unit / 2.
 
     Returns:
-        the digits, -127 ... 127; and the units, a 127th of each row's largest value.
+        the digits, -levels ... levels; and the units, so small a part of each row's largest value.
     """
-    unit = unit_of(values, digits=1)
+    unit = unit_of(values, digits=1, levels=levels)
     return (values / unit[:, None]).round_().to(torch.int8), unit
 
 
-def unit_of(values: Float[Tensor, "m k"], *, digits: int = 2) -> Float[Tensor, " m"]:
-    """What the last of one or two digits counts in: a 127th, a 32,258th of the row's largest value."""
-    unit = values.abs().amax(1) / (LEVELS if digits == 1 else LEVELS * _LOW)
+def unit_of(values: Float[Tensor, "m k"], *, digits: int = 2, levels: int = LEVELS) -> Float[Tensor, " m"]:
+    """What the last of one or two digits counts in: of 127 levels, a 127th or 32,258th of a row's largest."""
+    unit = values.abs().amax(1) / (levels if digits == 1 else 2 * levels**2)
     return unit.where(unit > 0, 1.0)
 
 

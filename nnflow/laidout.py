@@ -29,6 +29,8 @@ Products = Callable[[slice], Tensor]
 class Rows:
     """The first r coordinates of all images, a byte each, as they lie in memory."""
 
+    levels = integers.LEVELS  # of the digits they are multiplied by
+
     def __init__(self, rows: Int8[Tensor, "n r"]) -> None:
         self.rows = rows
 
@@ -60,6 +62,7 @@ class LaidOut(Rows):
     def __init__(self, rows: Int8[Tensor, "n R"], cut: int) -> None:
         super().__init__(rows)
         self._cut = cut
+        self.levels = integers.factor_levels()
         self._across: dict[tuple[int, int], list[integers.Factor]] = {}
         self._along: dict[int, list[integers.Factor]] = {}
 
@@ -77,8 +80,8 @@ class LaidOut(Rows):
         if (first, last) not in self._across:
             rows = self.rows[:, first:last]
             self._across[first, last] = [integers.Factor(rows[some]) for some in self.blocks(1)]
-        blocks, sent = self._across[first, last], integers.unsigned(digits)
-        return lambda images: blocks[images.start // MOST_ROWS].product(sent)
+        blocks, sent = self._across[first, last], integers.unsigned(digits, self.levels)
+        return lambda images: blocks[images.start // MOST_ROWS].product(sent, self.levels)
 
     def sums(self, weights: UInt8[Tensor, "B m"], images: slice, rank: int) -> Tensor:
         """As of those not laid out, as float32."""

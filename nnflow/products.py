@@ -102,16 +102,16 @@ class _Digits:
     unit: Float[Tensor, " B"]  # what the last digit counts in
 
     @classmethod
-    def of(cls, row: Float[Tensor, "B r"], *, fine: bool) -> list["_Digits"]:
+    def of(cls, row: Float[Tensor, "B r"], levels: int, *, fine: bool) -> list["_Digits"]:
         """What sums of exponentials need; less where no more is asked than which images come first."""
         rank = row.shape[1]
         # below 2 HEAD a second product would not pay
         cut = 0 if not fine else HEAD if rank >= 2 * HEAD else rank
         parts = []
         if cut:
-            parts.append(cls(0, cut, *integers.two_digits(row[:, :cut])))
+            parts.append(cls(0, cut, *integers.two_digits(row[:, :cut], levels)))
         if cut < rank:
-            parts.append(cls(cut, rank, *integers.one_digit(row[:, cut:])))
+            parts.append(cls(cut, rank, *integers.one_digit(row[:, cut:], levels)))
         return parts
 
     def products(self, rows: Rows) -> Products:
@@ -122,7 +122,7 @@ class _Digits:
 
         def joined(images: slice) -> Tensor:
             high, low = multiplied(images).split(len(self.unit))
-            return low.add_(high, alpha=2 * integers.LEVELS)  # at most 5e8, of 2^31
+            return low.add_(high, alpha=2 * rows.levels)  # at most 5e8, of 2^31
 
         return joined
 
@@ -151,7 +151,7 @@ def scores_of(
         values, unit = _own_scores(row, fall, rows, squares)
         return Scores(values, None, none, none, none, ((0, row.shape[1], unit),))
     count, fall = len(rows), -fall[:, None]
-    digits = _Digits.of(row, fine=fine)
+    digits = _Digits.of(row, rows.levels, fine=fine)
     values = buffer.take((len(row), count), row)
     products = [(part.products(rows), part.unit[:, None]) for part in digits]
     maxima, first, step = [], [], []

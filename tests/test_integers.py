@@ -1,6 +1,8 @@
 """Products of bytes against numpy's in int64; numbers as two digits."""
 
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,16 +36,18 @@ def test_products_are_exact_in_whatever_layout(shape: tuple[int, int, int], fast
     "shape", [(1, 1, 1), (2, 16, 1), (3, 5, 40), (1, 512, 17), (66, 6, 999), (7, 1000, 64)]
 )
 def test_factors_are_exact_whatever_their_shape(shape: tuple[int, int, int]) -> None:
-    if not integers.factors_are_fast():
+    levels = integers.factor_levels()
+    if not levels:
         pytest.skip("nothing to lay factors out for")
     m, k, n = shape
     generator = torch.Generator().manual_seed(m * n)
-    a = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+    a = torch.randint(-levels, levels + 1, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-128, 128, (n, k + 3), generator=generator, dtype=torch.int8)[:, :k]
-    weights = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
+    weights = torch.randint(0, 128, (m, k), generator=generator, dtype=torch.uint8)
     factor = integers.Factor(b)
     rows = b.long().numpy().T
-    assert torch.equal(factor.product(integers.unsigned(a)).long(), torch.from_numpy(a.long().numpy() @ rows))
+    found = factor.product(integers.unsigned(a, levels), levels)
+    assert torch.equal(found.long(), torch.from_numpy(a.long().numpy() @ rows))
     assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
 
 
@@ -67,10 +71,10 @@ def test_products_of_the_largest_bytes(fast: bool) -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    for probe in (integers.are_fast, integers.factors_are_fast):
+    for probe in (integers.are_fast, integers.factor_levels):
         probe.cache_clear()
     yield
-    for probe in (integers.are_fast, integers.factors_are_fast):
+    for probe in (integers.are_fast, integers.factor_levels):
         probe.cache_clear()
 
 
@@ -90,35 +94,65 @@ def test_a_torch_without_them_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("forgotten")
+def test_products_that_are_right_but_slow_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX2 alone torch._int_mm takes ten times as long as float32."""
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: slowly(a.float() @ b.float()))
+    assert not integers.are_fast()
+
+
+def slowly(found: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.2)
+    return found
+
+
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("wrong", [AttributeError("qlinear_prepack"), RuntimeError("not here"), None])
 def test_no_factor_is_laid_out_where_its_products_are_wrong_or_absent(
     wrong: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off(self: integers.Factor, a: torch.Tensor) -> torch.Tensor:
+    def off(self: integers.Factor, a: torch.Tensor, zero: int) -> torch.Tensor:
         if wrong is not None:
             raise wrong
-        return torch.full((len(a), 64), 64.0 * 127**2 - 1)
+        return torch.full((len(a), 512), 512.0 * 127**2 - 1)
 
-    assert integers.factors_are_fast() == (
-        integers.are_fast() and hasattr(torch.ops.onednn, "qlinear_prepack")
-    )
-    integers.factors_are_fast.cache_clear()
-    monkeypatch.setattr(integers.Factor, "product", off)
-    assert not integers.factors_are_fast()
+    monkeypatch.setattr(integers.Factor, "_of", off)
+    assert integers.factor_levels() == 0
 
 
-def test_two_digits_hold_a_row_to_half_a_unit() -> None:
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(("most", "wait", "levels"), [(65_536, 0, 127), (65_536, 0.2, 0), (32_767, 0.2, 63)])
+def test_digits_are_as_long_as_their_products_stay_right(
+    most: int, wait: float, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN without VNNI adds two products of unsigned and signed bytes in 16 bits, or loops plainly."""
+
+    def packed(rows: torch.Tensor, _: None) -> torch.Tensor:
+        return rows
+
+    def linear(a: torch.Tensor, _: float, zero: int, rows: torch.Tensor, *__: object) -> torch.Tensor:
+        time.sleep(wait)
+        largest = 2 * int(a.max()) * int(rows.max())  # all are alike here
+        pairs = a.shape[1] // 2 * min(largest, most)
+        return torch.full((len(a), len(rows)), float(pairs - zero * int(rows[0].sum())))
+
+    onednn = SimpleNamespace(qlinear_prepack=packed, qlinear_pointwise=linear)
+    monkeypatch.setattr(integers.torch, "ops", SimpleNamespace(onednn=onednn))
+    assert integers.factor_levels() == levels
+
+
+@pytest.mark.parametrize("levels", [127, 63])
+def test_two_digits_hold_a_row_to_half_a_unit(levels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(50, 300, generator=generator) * torch.logspace(-8, 8, 50)[:, None]
     values = values.to(DEVICE)
     values[3] = 0
     values[4, 1:] = 0
-    digits, unit = integers.two_digits(values)
+    digits, unit = integers.two_digits(values, levels)
     high, low = digits.double().chunk(2)
-    assert digits.abs().max() <= 127
-    held = unit.double()[:, None] * (254 * high + low)
+    assert digits.abs().max() <= levels
+    held = unit.double()[:, None] * (2 * levels * high + low)
     assert ((held - values.double()).abs() <= 0.503 * unit.double()[:, None]).all()
     largest = values.abs().amax(1)
-    assert torch.equal(unit, integers.unit_of(values))
-    assert (unit * 32_258 >= largest * 0.9999)[values.abs().amax(1) > 0].all()
-    assert (unit * 32_258 <= largest * 1.0001)[values.abs().amax(1) > 0].all()
+    assert torch.equal(unit, integers.unit_of(values, levels=levels))
+    assert (unit * 2 * levels**2 >= largest * 0.9999)[values.abs().amax(1) > 0].all()
+    assert (unit * 2 * levels**2 <= largest * 1.0001)[values.abs().amax(1) > 0].all()

@@ -39,7 +39,7 @@ Lay = Callable[[Tensor], Rows]
 @pytest.fixture(params=["laid out", "bytes", "float32"])
 def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
     """All images' rows in blocks of 96, as this processor would have them or as another."""
-    if request.param == "laid out" and (str(DEVICE) != "cpu" or not integers.factors_are_fast()):
+    if request.param == "laid out" and (str(DEVICE) != "cpu" or not integers.factor_levels()):
         pytest.skip("nothing to lay rows out for")
     if request.param == "bytes" and not integers.are_fast():
         pytest.skip("this processor has no exact products of bytes")
@@ -78,14 +78,15 @@ def test_what_a_query_has_fewer_digits_for_is_off_by_no_more_than_half_a_unit(
     monkeypatch.setattr(module, "HEAD", 8)
     rows, squares, (row, fall) = rows_of(500), squares_of(500), queries()
     row[:, 8:] /= 30  # where there are two spans, what one digit counts in is as small there
-    found = scores_of(row, fall, lay(rows), squares, Buffer(), fine=fine)
+    laid = lay(rows)
+    found = scores_of(row, fall, laid, squares, Buffer(), fine=fine)
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     assert [unit[:2] for unit in found.units] == spans
     allowed = torch.zeros_like(wanted)
     for start, stop, unit in found.units:
         digits = 2 if fine and start == 0 else 1
         largest = row[:, start:stop].abs().amax(1)
-        torch.testing.assert_close(unit, largest / (127 if digits == 1 else 127 * 254))
+        torch.testing.assert_close(unit, largest / (laid.levels if digits == 1 else 2 * laid.levels**2))
         allowed += 0.5 * unit.double()[:, None] * rows[:, start:stop].abs().double().sum(1)
     off = (found.values.double() - wanted).abs()
     assert (off <= 1.001 * allowed + 1e-5).all()
