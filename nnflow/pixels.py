@@ -13,12 +13,11 @@ from torch import Tensor
 
 from nnflow.codec import BYTES, Codec
 from nnflow.errors import InputError
-from nnflow.filemap import let_go
-from nnflow.memory import rows_within
+from nnflow.filemap import let_go, rows_at
+from nnflow.memory import machine_memory, rows_within
 
 _BLOCK_ROWS = 1024  # 12.6 MB of float32 at d = 3,072; from 256 to 4,096 the exact field's time moves by 6 %
 _copies: "WeakValueDictionary[tuple[int, int, torch.device], Tensor]" = WeakValueDictionary()
-_SCATTERED = 16  # rows read here and there at once: each may bring 400 KiB of its file along
 
 
 class PixelRows:
@@ -48,6 +47,7 @@ class PixelRows:
         self.count, self.dim = pixels.shape
         self.longest, self.diameter = codec.longest(self.dim), codec.diameter(self.dim)
         self._norms: Tensor | None = None
+        self._machine = machine_memory()
 
     def block_rows(self, budget: int) -> int:
         """Rows of a float32 block that take at most a quarter of `budget` bytes."""
@@ -94,15 +94,14 @@ class PixelRows:
             let_go(self.pixels[start:stop])
 
     def gather(self, ids: Int[Tensor, " m"], budget: int | None = None) -> Num[Tensor, "m D"]:
-        """Rows by number, as stored; within a `budget`, pages are let go of on the way as `let_go` does."""
-        if budget is None or 4 * self.pixels.nbytes <= budget:
-            return self._here(self.pixels.index_select(0, ids.to(self.pixels.device)))
-        found = torch.empty(len(ids), self.dim, dtype=self.codec.dtype, device=self.device)
-        for start in range(0, len(ids), _SCATTERED):
-            some = ids[start : start + _SCATTERED]
-            found[start : start + len(some)] = self.gather(some)
-            self.let_go(budget, int(some.min()), int(some.max()) + 1)
-        return found
+        """Rows by number, as stored; of stores too large to become resident by reading, not by their map.
+
+        Too large: more than a quarter of a `budget`, where one is given, else of the machine's memory.
+        """
+        room = self._machine if budget is None else budget
+        if 4 * self.pixels.nbytes > room:
+            return self._here(rows_at(self.pixels, ids))
+        return self._here(self.pixels.index_select(0, ids.to(self.pixels.device)))
 
     def values(self, ids: Int[Tensor, " m"], budget: int | None = None) -> Float[Tensor, "m D"]:
         """The images `ids` in their values; `budget` as of `gather`."""

@@ -135,7 +135,7 @@ class ImageStore:
         if low < 0 or high >= len(self):
             raise InputError(f"ids from {low} to {high}: wanted 0 to {len(self) - 1}, the images stored")
         self.check_unchanged()
-        chosen = self.pixels[rows].to(ids.device)
+        chosen = self.rows().gather(rows).to(ids.device)
         return self.codec.values(chosen).reshape(len(rows), *self.shape[1:])
 
     def check_unchanged(self) -> None:

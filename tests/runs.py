@@ -100,4 +100,4 @@ def thirteen(folder):
 
 def workers():
     """Threads that make targets."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nnflow")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nnflow-targets")]

@@ -1,12 +1,17 @@
 """Files as tensors: what they hold, and that letting their pages go gives memory back and changes nothing."""
 
+import gc
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
-from nnflow.filemap import let_go, mapped
+from nnflow.errors import StoreError
+from nnflow.filemap import let_go, mapped, rows_at
 from nnflow.pixels import PixelRows
 
 ROWS, WIDTH, OFFSET = 1 << 14, 1 << 11, 1234  # 32 MiB
@@ -95,3 +100,81 @@ def test_a_stream_over_some_rows(path: Path) -> None:
     assert [start for start, _, _ in found] == [100, 612, 1124]
     assert found[-1][1] == 1500
     assert torch.equal(torch.cat([block for _, _, block in found]), rows.pixels[100:1500])
+
+
+def some_ids(count: int) -> torch.Tensor:
+    """Unsorted, with both ends and one twice."""
+    ids = torch.randint(ROWS, (count,), generator=torch.Generator().manual_seed(count))
+    ids[:4] = torch.tensor([ROWS - 1, 0, ROWS - 1, 7])
+    return ids
+
+
+@pytest.mark.parametrize("count", [4, 16, 17, 18, 1000])
+def test_rows_read_are_those_of_the_map(path: Path, count: int) -> None:
+    rows, ids = mapped(path, OFFSET, (ROWS, WIDTH)), some_ids(count)
+    assert torch.equal(rows_at(rows, ids), rows[ids])
+    assert torch.equal(rows_at(rows, ids.int()), rows[ids])
+
+
+def test_no_rows_are_read(path: Path) -> None:
+    assert rows_at(mapped(path, OFFSET, (ROWS, WIDTH)), torch.tensor([], dtype=torch.int64)).shape == (
+        0,
+        WIDTH,
+    )
+
+
+def test_rows_of_a_part_and_of_other_types(path: Path) -> None:
+    rows, ids = mapped(path, OFFSET, (ROWS, WIDTH)), torch.tensor([5, 0, 30])
+    assert torch.equal(rows_at(rows[100:200], ids), rows[100:200][ids])
+    halves = rows.view(torch.int16)
+    assert torch.equal(rows_at(halves[3:], ids), halves[3:][ids])
+
+
+def test_rows_that_are_no_map_are_taken_from_memory() -> None:
+    rows = torch.arange(60, dtype=torch.uint8).view(20, 3)
+    assert rows_at(rows, torch.tensor([19, 2])).tolist() == [[57, 58, 59], [6, 7, 8]]
+
+
+def test_rows_read_do_not_become_resident(path: Path) -> None:
+    rows, ids = mapped(path, OFFSET, (ROWS, WIDTH)), torch.randperm(ROWS)[:4000]
+    rows_at(rows, ids[:20])  # wakes the threads
+    before = resident()
+    rows_at(rows, ids)
+    assert resident() - before < MIB
+    rows[ids]
+    assert resident() - before > 4000 * WIDTH
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_file_cut_under_the_map_is_named(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "cut"
+    path.write_bytes(bytes(200 * 64))
+    rows = mapped(path, 0, (200, 64))
+    os.truncate(path, 150 * 64 + 10)
+    assert rows_at(rows, torch.arange(150)).shape == (150, 64)
+    with refused(StoreError, r"cut: 10 of 64 bytes of row 150; it has been cut .*: restore it or build it"):
+        rows_at(rows, torch.full((count,), 150))
+
+
+def test_the_file_is_closed_with_its_map(path: Path) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    rows = mapped(path, OFFSET, (ROWS, WIDTH))
+    part = rows[3:]
+    del rows
+    assert len(os.listdir("/proc/self/fd")) > before
+    assert rows_at(part, torch.tensor([0])).shape == (1, WIDTH)
+    del part
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_fork_reads_too(path: Path) -> None:
+    """It has none of its parent's threads, and would wait for them for ever."""
+    rows, ids = mapped(path, OFFSET, (ROWS, WIDTH)), some_ids(100)
+    wanted = rows_at(rows, ids).numpy()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if (rows_at(rows, ids).numpy() == wanted).all() else 1)  # torch.equal may be OpenMP's
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -48,6 +48,31 @@ def test_rows_are_gathered_by_number(pixels: torch.Tensor) -> None:
     assert gathered.dtype == torch.uint8
 
 
+@pytest.mark.parametrize(
+    ("machine", "budget", "reads"),
+    [
+        (4 * N * D, None, 0),
+        (4 * N * D - 1, None, 1),
+        (4 * N * D - 1, 4 * N * D, 0),
+        (1 << 40, 4 * N * D - 1, 1),
+    ],
+)
+def test_a_store_is_read_where_its_map_would_fill_memory(
+    pixels: torch.Tensor, machine: int, budget: int | None, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def read(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        return rows[ids]
+
+    monkeypatch.setattr(module, "machine_memory", lambda: machine)
+    monkeypatch.setattr(module, "rows_at", read)
+    ids = torch.tensor([22, 0, 0, 7])
+    assert torch.equal(PixelRows(pixels).gather(ids, budget), pixels[ids])
+    assert seen == [4] * reads
+
+
 @pytest.mark.parametrize("block", [1, 5, 22, 23, 24])
 def test_squared_norms_are_exact_at_any_block_size(pixels: torch.Tensor, block: int) -> None:
     norms = PixelRows(pixels).squared_norms(4 * block * 4 * D)
