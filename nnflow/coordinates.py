@@ -31,6 +31,7 @@ from nnflow.laidout import LaidOut, Rows
 
 _FIRST_EDGE = 32
 _HEAD = 64  # coordinates with a step of their own
+_MIDDLE = 512  # where ladders of all 1,024 and of half of them part
 _BLOCK_ROWS = 1 << 13  # whose squares are summed at once
 
 
@@ -94,7 +95,7 @@ class Coordinates:
         if (images.start, images.stop) != (0, count) or not fits or not integers.factor_levels():
             return Rows(self.rows[images])
         if self._laid_out is None:
-            self._laid_out = LaidOut(self.rows, cut=_HEAD)
+            self._laid_out = LaidOut(self.rows, cuts=(_HEAD, _MIDDLE))
         return self._laid_out
 
     def widest(self, start: int, stop: int) -> float:

@@ -56,12 +56,12 @@ class LaidOut(Rows):
 
     Args:
         rows: all coordinates of all images.
-        cut: no layout reaches across this one, so that ladders of any rank share the first.
+        cuts: no layout reaches across one of these, so that ladders of any rank share the others.
     """
 
-    def __init__(self, rows: Int8[Tensor, "n R"], cut: int) -> None:
+    def __init__(self, rows: Int8[Tensor, "n R"], cuts: tuple[int, ...]) -> None:
         super().__init__(rows)
-        self._cut = cut
+        self._cuts = cuts
         self.levels = integers.factor_levels()
         self._across: dict[tuple[int, int], list[integers.Factor]] = {}
         self._along: dict[int, list[integers.Factor]] = {}
@@ -72,8 +72,9 @@ class LaidOut(Rows):
 
     def products(self, digits: Int8[Tensor, "C k"], first: int) -> Products:
         """As of those not laid out, as float32."""
-        cut, last = self._cut, first + digits.shape[1]
-        if first < cut < last:
+        last = first + digits.shape[1]
+        cut = next((cut for cut in self._cuts if first < cut < last), None)
+        if cut is not None:
             head = self.products(digits[:, : cut - first], first)
             others = self.products(digits[:, cut - first :], cut)
             return lambda images: head(images).add_(others(images))

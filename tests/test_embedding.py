@@ -219,6 +219,17 @@ def test_few_images_by_their_inner_products(
     check_against_svd(fit(few, rank), few, rank)
 
 
+@pytest.mark.parametrize(("enough", "kept"), [(0.5, 12), (0.999, 24), (1.0, 24)])
+def test_twice_as_many_directions_where_half_of_them_hold_too_little(
+    store: ImageStore, enough: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PRINCIPAL", 12)
+    monkeypatch.setattr(module, "_ENOUGH", enough)
+    assert 0.5 < principal(store)[1][:12].sum() / principal(store)[1].sum() < 0.999
+    assert fit(store, 5).principal.shape == (kept, D)
+    assert fit(store, 30).principal.shape == (30, D)
+
+
 class TestWideImages:
     """Above 4,096 values a subset of the images is decomposed; here that limit is 100."""
 

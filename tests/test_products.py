@@ -48,7 +48,7 @@ def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
     monkeypatch.setattr(laidout, "MOST_ROWS", 96)
     for user in (laidout, module):
         monkeypatch.setattr(user, "block_rows", lambda queries: 96)
-    return partial(LaidOut, cut=8) if request.param == "laid out" else Rows
+    return partial(LaidOut, cuts=(8, 13)) if request.param == "laid out" else Rows
 
 
 @pytest.mark.parametrize(
