@@ -5,6 +5,7 @@ Queries lie on straight paths from noise to images of the store (held in), and t
 mirrored latent is not natural: of latents there are no held-out errors without another store.
 """
 
+import math
 import platform
 import statistics
 import time
@@ -33,6 +34,7 @@ LADDERS = (
     *("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "128/100 alone", "512/100 alone"),
     *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
     *("512/100", "512/300", "512/500", "64/1000 512/100", "128/3000 512/100", "256/1000 512/300", "512/1000"),
+    *("512/2000", "512/4000", "1024/300", "1024/1000", "1024/2000", "1024/4000"),
 )
 # Besides, what the index finds by itself where it need not compare all images.
 SEARCHES = ("index/8", "index/32", "index/100")
@@ -66,13 +68,17 @@ _TIMES = (
 _COLLAPSE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 1.85)
 _LAST = 0.99
 _TOLERANCES = (0.05, 0.01, 0.003, 0.001)  # for which there is to be a ladder, also between two times
-_FINEST = min(_TOLERANCES)  # below which no dearer ladder is looked for
+# Below which no dearer ladder is looked for: the larger one where the least there is to measure takes too
+# long. Of 1,281,167 images at 64 x 64 all ladders take 64 queries of one time 120 s, those up to 1 % half.
+_FINEST, _COARSE = min(_TOLERANCES), 0.01
 _HOPELESS = 0.1  # median error of the first batch above which the rest are not asked
 _BATCH = 64  # queries asked and timed together
+_FEW = 16  # asked first where no more than 1 % is looked for: half of them worse, and the rest are not asked
 _HELD_OUT = 4  # one held-out query for every four held in
 _TOGETHER = _BATCH + _BATCH // _HELD_OUT  # asked of the exact field together: both kinds in one pass
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
 _LEAST_TIMES = 6  # measured however long it takes
+_ROUNDS, _FOR_ROUNDS = 4, 0.1  # in which calls are timed; two, when more take this share of the seconds
 
 
 @dataclass(frozen=True)
@@ -206,9 +212,11 @@ def calibrate(
             nothing.
         queries: per time; None for as many of 64 to 256 as `seconds` allow.
         seconds: about how long this may take. Where 64 queries at every time take longer, fewer times are
-            measured, at least six, and the ladders between them chosen the more carefully.
+            measured, at least six, the ladders between them chosen the more carefully, and none are looked
+            for that are right to more than 1 %.
         seed: of the queries.
-        memory: working memory in bytes.
+        memory: working memory in bytes; beside it the queries and exact answers, 10 D bytes for each query
+            of a time.
         progress: show a bar on stderr.
 
     Raises:
@@ -225,19 +233,25 @@ def calibrate(
     began = time.perf_counter()
     bench = _Bench(index, held_out, memory, seed)
     times = _times(float(index.manifest["collapse_time"]))
-    costs, calls = _costs(bench, times[len(times) // 2])
-    count = queries or _affordable(costs, seconds / len(times))
+    costs, calls = _costs(bench, times[len(times) // 2], _FOR_ROUNDS * seconds)
+    affordable = _affordable(costs, seconds / len(times))
+    count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable))
+    finest = _FINEST if affordable >= _LEAST_QUERIES else _COARSE
     order = sorted(bench.ways, key=costs.__getitem__)
-    found: dict[float, list[Entry]] = {}
+    found: dict[float, _Time] = {}
     longest = 0.0
-    for t in tqdm(_spread(times), "calibrating", disable=not progress, unit="time"):
+    for _ in tqdm(times, "calibrating", disable=not progress, unit="time"):
         before = time.perf_counter()
         if len(found) >= _LEAST_TIMES and before - began + longest > seconds:
             break
-        again = set().union(*(_cheapest(found[near]) for near in _beside(t, found)))
-        found[t] = _at(bench, t, count, order, again, calls)
+        t = _next(times, {t: here.entries() for t, here in found.items()})
+        here = _Time(bench, t, count, calls, finest)
+        here.climb(order)
+        for beside in _beside(t, found):
+            here.match(found[beside])
+        found[t] = here
         longest = max(longest, time.perf_counter() - before)
-    entries = tuple(entry for t in sorted(found) for entry in found[t])
+    entries = tuple(entry for t in sorted(found) for entry in found[t].entries())
     about = {
         "seed": seed,
         "queries": count,
@@ -259,42 +273,67 @@ def _others(bench: _Bench) -> str:
     return "mirror images" if bench.has_others else "none"
 
 
-def _at(
-    bench: _Bench,
-    t: float,
-    count: int,
-    order: Sequence[str],
-    again: set[str],
-    calls: Mapping[str, float],
-) -> list[Entry]:
-    """The exact field and the ladders worth measuring at one time, in `order`, cheapest first.
+class _Time:
+    """One time under measurement: the exact answers, and what the ways asked so far make of the queries."""
 
-    Those in `again` are measured in any case, for a ladder must meet a tolerance at two times in a row.
-    """
-    sets = bench.ask(t, count, calls[EXACT])
-    answers = {EXACT: [_Answered.exactly(asked) for asked in sets]}
-    met = False
-    for name in order:
-        if met and name not in again | _ALWAYS:
-            continue
-        way = bench.ways[name]
-        inside = bench.answered(way, sets[0], calls[name], slice(0, _BATCH))
-        if inside.errors.median() > _HOPELESS:
-            continue
-        if count > _BATCH:
-            inside = inside.and_more(bench.answered(way, sets[0], calls[name], slice(_BATCH, None)))
-        answers[name] = [inside, *(bench.answered(way, other, calls[name]) for other in sets[1:])]
-        met = met or Quantiles.of(answers[name][0].errors).upper <= _FINEST
-    return [
-        Entry(
-            t,
-            name,
-            inside.seconds,
-            Quantiles.of(inside.errors),
-            Quantiles.of(outside[0].errors) if outside else None,
-        )
-        for name, (inside, *outside) in (answers | _in_turn(answers)).items()
-    ]
+    def __init__(
+        self, bench: _Bench, t: float, count: int, calls: Mapping[str, float], finest: float
+    ) -> None:
+        self._bench, self._t, self._count, self._calls, self._finest = bench, t, count, calls, finest
+        self._sets = bench.ask(t, count, calls[EXACT])
+        self._answers = {EXACT: [_Answered.exactly(asked) for asked in self._sets]}
+        self._hopeless: set[str] = set()
+
+    def climb(self, order: Sequence[str]) -> None:
+        """Asks ways in `order`, cheapest first, up to one as good as wanted, and those always asked."""
+        met = False
+        for name in order:
+            if not met or name in _ALWAYS:
+                met = self.measure(name) <= self._finest or met
+
+    def match(self, other: "_Time") -> None:
+        """Asks the cheapest ways of each time at the other: between two times one must serve at both."""
+        for name in _cheapest(self.entries()):
+            other.measure(name)
+        for name in _cheapest(other.entries()):
+            self.measure(name)
+
+    def measure(self, name: str) -> float:
+        """The upper end of a way's 99th percentile, held in; inf where its first errors are hopeless."""
+        if name not in self._answers and name not in self._hopeless:
+            answers = self._ask(name)
+            if answers is None:
+                self._hopeless.add(name)
+            else:
+                self._answers[name] = answers
+        return math.inf if name in self._hopeless else Quantiles.of(self._answers[name][0].errors).upper
+
+    def _ask(self, name: str) -> list[_Answered] | None:
+        """All answers of a way, or none where the median of the first is hopeless."""
+        way, call, (inside, *others) = self._bench.ways[name], self._calls[name], self._sets
+        if self._finest == _COARSE:
+            few = self._bench.answered(way, inside, call, slice(0, _FEW))
+            if few.errors.median() > _COARSE:
+                return None
+        found = self._bench.answered(way, inside, call, slice(0, _BATCH))
+        if found.errors.median() > _HOPELESS:
+            return None
+        if self._count > _BATCH:
+            found = found.and_more(self._bench.answered(way, inside, call, slice(_BATCH, None)))
+        return [found, *(self._bench.answered(way, other, call) for other in others)]
+
+    def entries(self) -> list[Entry]:
+        """The exact field, the ways asked, and pairs of them."""
+        return [
+            Entry(
+                self._t,
+                name,
+                inside.seconds,
+                Quantiles.of(inside.errors),
+                Quantiles.of(outside[0].errors) if outside else None,
+            )
+            for name, (inside, *outside) in (self._answers | _in_turn(self._answers)).items()
+        ]
 
 
 def _in_turn(answers: Mapping[str, list[_Answered]]) -> dict[str, list[_Answered]]:
@@ -311,13 +350,16 @@ def _in_turn(answers: Mapping[str, list[_Answered]]) -> dict[str, list[_Answered
     return found
 
 
-def _costs(bench: _Bench, t: float) -> tuple[dict[str, float], dict[str, float]]:
+def _costs(bench: _Bench, t: float, patience: float) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds per query of every ladder and the exact field at one time, and seconds per call beside."""
     x, times = bench.queries(t, _BATCH, held_in=True)
     ways = bench.ways | {EXACT: bench.exact}
     # In turn, so that each call finds the caches as the one of another ladder has left them; the first
     # round takes memory and reads files, and is no measure.
-    rounds = [{name: bench.answer(way, x[:2], times[:2])[2] for name, way in ways.items()} for _ in range(4)]
+    rounds: list[dict[str, float]] = []
+    began = time.perf_counter()
+    while len(rounds) < 2 or (len(rounds) < _ROUNDS and time.perf_counter() - began < patience):
+        rounds.append({name: bench.answer(way, x[:2], times[:2])[2] for name, way in ways.items()})
     costs, calls = {}, {}
     for name, way in ways.items():
         few = statistics.median(turn[name] for turn in rounds[1:])
@@ -347,13 +389,28 @@ def _times(collapse: float) -> tuple[float, ...]:
     return tuple(kept)
 
 
-def _spread(times: Sequence[float]) -> list[float]:
-    """The times in an order of which every beginning is evenly spread: the ends, then the middles of gaps."""
-    places = [0, len(times) - 1]
-    while len(places) < len(times):
-        low, high = max(pairwise(sorted(places)), key=lambda gap: gap[1] - gap[0])
-        places.append((low + high) // 2)
-    return [times[place] for place in dict.fromkeys(places)]
+def _next(times: Sequence[float], found: Mapping[float, Sequence[Entry]]) -> float:
+    """Which time to measure: both ends, then the middle of the stretch that costs a batch most so far."""
+    for end in (times[0], times[-1]):
+        if end not in found:
+            return end
+
+    def cost(stretch: tuple[int, int]) -> float:
+        low, high = (times[place] for place in stretch)
+        return (high - low) * _together(found[low], found[high])
+
+    places = [place for place, t in enumerate(times) if t in found]
+    low, high = max((gap for gap in pairwise(places) if gap[1] > gap[0] + 1), key=cost)
+    return times[(low + high) // 2]
+
+
+def _together(one: Sequence[Entry], other: Sequence[Entry]) -> float:
+    """Seconds per query, at two times on average, of the cheapest way right to 1 % at both."""
+    seconds = [
+        {entry.ladder: entry.seconds for entry in some if entry.held_in.upper <= _COARSE}
+        for some in (one, other)
+    ]
+    return min(seconds[0][name] + seconds[1][name] for name in seconds[0].keys() & seconds[1].keys()) / 2
 
 
 def _beside(t: float, measured: Iterable[float]) -> list[float]:
@@ -367,4 +424,4 @@ def _affordable(costs: Mapping[str, float], seconds: float) -> int:
     """Queries that can be measured at one time in so many seconds."""
     # About half of the ladders are measured at a time; the others are hopeless there, or not needed.
     per_query = (1 + 1 / _HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
-    return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(seconds / per_query) // _BATCH * _BATCH))
+    return int(seconds / per_query) // _BATCH * _BATCH

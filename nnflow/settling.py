@@ -46,6 +46,7 @@ FORMAT = "nnflow-settling-1"
 _BLOCK = 64  # images, hence 128 queries; twice as many are no faster at n = 50,000
 _TILE = 1 << 13  # images whose products with a block are taken at once
 _TIMED = 4  # blocks after which the rest of the time is foreseen
+_FAR_TOO_LONG = 10  # times the seconds allowed, foreseen after fewer blocks: no more are timed
 # Two digits move an image by up to 0.035 % of its length: too much (4 % of d^2) for pairs closer than this
 # share of it, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
 _CLOSE = 1 / 24
@@ -137,7 +138,8 @@ def settling_times(
     for start in tqdm(starts, "settling", disable=not progress, unit="block"):
         found.append(crowd.others(start, min(start + step, len(index))))
         wanted = (time.perf_counter() - began) * len(starts) / len(found)
-        if len(found) == _TIMED and wanted > seconds:
+        patience = seconds if len(found) == _TIMED else _FAR_TOO_LONG * seconds
+        if len(found) <= _TIMED and wanted > patience:
             warnings.warn(
                 f"settling times of {len(index)} images would take {wanted:.0f} s, more than {seconds:g} s: "
                 "none computed, and targets ask the field at every time; allow more seconds",

@@ -1,7 +1,9 @@
 """The table of errors, the choice it allows, and its measurement: against errors taken by hand."""
 
 import json
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -274,14 +276,52 @@ def test_little_time_means_fewer_times(index: NeighbourIndex, measured: Calibrat
     assert all(entry.held_in.queries == 64 for entry in calibrate(index, seconds=1e-3).entries)
 
 
-def test_every_beginning_of_the_order_is_spread() -> None:
-    times = [float(place) for place in range(17)]
-    found = measuring._spread(times)
-    assert sorted(found) == times
-    for count in range(2, 17):
-        gaps = torch.tensor(sorted(found[:count])).diff()
-        assert gaps.max() <= 16 / 2 ** ((count - 1).bit_length() - 1)
-    assert (measuring._spread([0.1]), measuring._spread([0.1, 0.2])) == ([0.1], [0.1, 0.2])
+def test_little_time_means_no_ladder_better_than_a_percent(
+    index: NeighbourIndex, measured: Calibration
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring._Bench, "answer", priced)
+        patch.setattr(measuring, "_TIMES", (0.02, 0.1, 0.3, 0.6))
+        patch.setattr(measuring, "_COLLAPSE", ())
+        patch.setattr(measuring, "_ALWAYS", set())
+        patch.setattr(measuring, "_HOPELESS", math.inf)
+        few, many = (calibrate(index, queries=64, seconds=seconds) for seconds in (1e-3, 1e6))
+    measured.save(index.folder / "calibration.json")
+    assert few.times == many.times
+    assert len(few.entries) < len(many.entries)
+    assert few.plan(0.01).ladders == many.plan(0.01).ladders
+    for table in (few, many):
+        at = [{entry.ladder for entry in table.entries if entry.t == t} for t in table.times]
+        for here, beside in [*pairwise(table.times), *pairwise(table.times[::-1])]:
+            chosen = measuring._cheapest([entry for entry in table.entries if entry.t == here])
+            poor = {entry.ladder for entry in many.entries if entry.t == beside and entry.held_in.p50 > 0.005}
+            assert chosen - poor <= at[table.times.index(beside)], "not asked at both ends of a stretch"
+
+
+def made_up(t: float, **seconds: float) -> list[Entry]:
+    """Ways of 0.5 % of error, those named `bad` of 2 %."""
+    errors = {name: 0.02 if name.startswith("bad") else 0.005 for name in seconds}
+    return [
+        Entry(t, name, cost, Quantiles.of(torch.full((64,), errors[name])), None)
+        for name, cost in seconds.items()
+    ]
+
+
+def test_times_that_cost_a_batch_most_are_measured_first() -> None:
+    times = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    found: dict[float, list[Entry]] = {}
+    order = []
+    # good serves up to .4, cheap from there on; bad is right nowhere
+    for _ in times:
+        t = measuring._next(times, found)
+        late = {"cheap": 2 - t} if t >= 0.4 else {"bad": 0.1}
+        found[t] = made_up(t, exact=100.0, good=10.0, **late)
+        order.append(t)
+    assert order == [0.0, 0.8, 0.4, 0.2, 0.1, 0.3, 0.6, 0.5, 0.7]
+    assert (measuring._next([0.1], {}), measuring._next([0.1, 0.2], {0.1: []})) == (0.1, 0.2)
+
+
+def test_what_lies_beside_a_time() -> None:
     assert measuring._beside(0.3, {0.1: 0, 0.2: 0, 0.4: 0, 0.9: 0}) == [0.2, 0.4]
     assert measuring._beside(0.3, {0.4: 0}) == [0.4]
 
