@@ -1,8 +1,6 @@
-"""Measures ladders against the exact field on the path's own queries: the table of `calibration`.
+"""Measures ladders against the exact field at times from noise to data: the table of `calibration`.
 
-Queries lie on straight paths from noise to images of the store (held in), and to images of another store
-(held out); where none is given, to mirror images, which are natural images that the store does not hold. A
-mirrored latent is not natural: of latents there are no held-out errors without another store.
+Which times, and which ladders at each: those that cost a batch most are looked at most closely.
 """
 
 import math
@@ -10,36 +8,19 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 from tqdm import tqdm
 
 from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, in_turn, name_of, ways_of
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
-from nnflow.ladder import Ladder
+from nnflow.measuring import AT_ONCE, FIRSTS, HELD_OUT, Answered, Bench
 from nnflow.memory import DEFAULT_BUDGET
-from nnflow.path import interpolate
-from nnflow.planned import settled, support_of
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
-from nnflow.support import Support
 
-# Ladders that are tried; dearer ones where cheaper ones have met the finest tolerance are not.
-LADDERS = (
-    *("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "128/100 alone", "512/100 alone"),
-    *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "512/30"),
-    *("512/100", "512/300", "512/500", "64/1000 512/100", "128/3000 512/100", "256/1000 512/300", "512/1000"),
-    *("512/2000", "512/4000", "1024/300", "1024/1000", "1024/2000", "1024/4000"),
-)
-# Besides, what the index finds by itself where it need not compare all images.
-SEARCHES = ("index/8", "index/32", "index/100")
-# Asked first of all queries of a time, with a dearer way for those they do not settle.
-FIRSTS = ("32/8 alone", "64/8 alone", "64/32 alone", "128/32 alone", "index/8", "index/32")
 # Measured at every time: one ladder that serves two stretches saves a batch a call.
 _ALWAYS = {"64/30", "512/30", "512/100", "128/100 alone", "512/100 alone", *FIRSTS}
 _LEAST_SETTLED = 0.05  # share of the queries for which asking a first way may be worth its price
@@ -72,125 +53,10 @@ _TOLERANCES = (0.05, 0.01, 0.003, 0.001)  # for which there is to be a ladder, a
 # long. Of 1,281,167 images at 64 x 64 all ladders take 64 queries of one time 94 s.
 _FINEST, _COARSE = min(_TOLERANCES), 0.01
 _HOPELESS = 0.1  # median error of the first batch above which the rest are not asked
-_BATCH = 64  # queries asked and timed together
 _FEW = 16  # asked first where no more than 1 % is looked for: half of them worse, and the rest are not asked
-_HELD_OUT = 4  # one held-out query for every four held in
-_TOGETHER = _BATCH + _BATCH // _HELD_OUT  # asked of the exact field together: both kinds in one pass
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
 _LEAST_TIMES = 6  # measured however long it takes
 _ROUNDS, _FOR_ROUNDS = 4, 0.1  # in which calls are timed; two, when more take this share of the seconds
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Queries at one time, the exact mean there, |u*| (1 - t), and the seconds per query beside the call."""
-
-    x: Float[Tensor, "q D"]
-    t: Float[Tensor, " q"]
-    mean: Float[Tensor, "q D"]
-    size: Float[Tensor, " q"]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """One way's answers: relative velocity errors, those of the mean in units of |mean - x|.
-
-    Attributes:
-        errors: of each query.
-        settled: which need not be asked again, were another way to follow.
-        seconds: per query, beside those of the call.
-    """
-
-    errors: Float[Tensor, " q"]
-    settled: Bool[Tensor, " q"]
-    seconds: float
-
-    @classmethod
-    def exactly(cls, asked: _Asked) -> "_Answered":
-        """The exact field's own."""
-        none = torch.zeros_like(asked.size)
-        return cls(none, none.bool(), asked.seconds)
-
-    def and_more(self, other: "_Answered") -> "_Answered":
-        """With the answers to other queries, asked when this way was warm: their seconds count."""
-        return _Answered(
-            torch.cat([self.errors, other.errors]), torch.cat([self.settled, other.settled]), other.seconds
-        )
-
-    def then(self, other: "_Answered") -> "_Answered":
-        """With `other` for those queries that this way has not settled."""
-        share = 1 - self.settled.float().mean().item()
-        errors = torch.where(self.settled, self.errors, other.errors)
-        return _Answered(errors, self.settled | other.settled, self.seconds + share * other.seconds)
-
-
-class _Bench:
-    """One index under measurement."""
-
-    def __init__(self, index: NeighbourIndex, held_out: ImageStore | None, budget: int, seed: int) -> None:
-        self.index, self.held_out, self.seed = index, held_out, seed
-        self.rows = index.store.rows()
-        self.has_others = held_out is not None or index.store.codec.of_pixels
-        self.images = slice(0, len(index))
-        self.exact = support_of(EXACT, index, self.rows, budget)
-        count, dim = index.store.pixels.shape
-        ladders = [name for name in LADDERS if _saves(Ladder.parse(name), index, count, dim)]
-        searches = [] if index.exact else [name for name in SEARCHES if int(name.split("/")[1]) < count]
-        self.ways = {name: support_of(name, index, self.rows, budget) for name in [*searches, *ladders]}
-
-    def queries(self, t: float, count: int, *, held_in: bool) -> tuple[Tensor, Tensor]:
-        """x_t (count, D) and times, made of the seed and t alone."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round(1e6 * t) + held_in)
-        store = self.index.store if held_in or self.held_out is None else self.held_out
-        x1 = store.images(torch.randint(len(store), (count,), generator=generator))
-        if not held_in and self.held_out is None:
-            x1 = x1.flip(-1)
-        x0 = torch.randn(x1.shape, generator=generator)
-        return interpolate(x0, x1, t).flatten(1), torch.full((count,), t)
-
-    def ask(self, t: float, count: int, call: float) -> list[_Asked]:
-        """Queries held in, then any held out, and the exact answers: `call` seconds, and so many for each."""
-        sets = [self.queries(t, count, held_in=True)]
-        if self.has_others:
-            sets.append(self.queries(t, max(2, count // _HELD_OUT), held_in=False))
-        x, times = (torch.cat(both) for both in zip(*sets, strict=True))
-        mean, _, seconds = self.answer(self.exact, x, times, _TOGETHER)
-        size = (mean - x).norm(dim=1)
-        beside = max(0.0, seconds - call / min(_TOGETHER, len(x)))
-        parts = [len(some) for some, _ in sets]
-        columns = zip(x.split(parts), times.split(parts), mean.split(parts), size.split(parts), strict=True)
-        return [_Asked(*column, beside) for column in columns]
-
-    def answered(self, way: Support, asked: _Asked, call: float, rows: slice = slice(None)) -> _Answered:
-        """What a way, of which a call takes so many seconds, makes of some of the queries."""
-        mean, single, seconds = self.answer(way, asked.x[rows], asked.t[rows])
-        errors = (mean - asked.mean[rows]).norm(dim=1) / asked.size[rows]
-        return _Answered(errors, single, max(0.0, seconds - call / _BATCH))
-
-    def answer(
-        self, way: Support, x: Tensor, t: Tensor, size: int = _BATCH
-    ) -> tuple[Float[Tensor, "q D"], Bool[Tensor, " q"], float]:
-        """Means at some queries, `size` at once; which of them have settled; seconds per query.
-
-        The seconds are those of the median whole batch.
-        """
-        means, single, seconds = [], [], []
-        for some, times in zip(x.split(size), t.split(size), strict=True):
-            began = time.perf_counter()
-            part = way.part(some, times, self.images)
-            if len(some) == min(size, len(x)):  # the last few of many cost more each
-                seconds.append((time.perf_counter() - began) / len(some))
-            means.append(part.weighted.mean)
-            single.append(settled(part))
-        return torch.cat(means), torch.cat(single), statistics.median(seconds)
-
-
-def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
-    """Whether a ladder is not the exact field under another name, nor another ladder under a second."""
-    ranks = [rank for rank, _ in ladder.levels]
-    known = all(index.coordinates.edge(rank) == rank for rank in ranks)
-    return known and ranks[0] < dim and ladder.levels[0][1] < count
 
 
 @full_float32()
@@ -204,7 +70,7 @@ def calibrate(
     memory: int = DEFAULT_BUDGET,
     progress: bool = False,
 ) -> Calibration:
-    """Measures errors and times of `LADDERS` against the exact field, and writes OUT/calibration.json.
+    """Errors and times of all ladders against the exact field; writes OUT/calibration.json.
 
     Args:
         index: the index; its folder receives the table.
@@ -231,7 +97,7 @@ def calibrate(
     if held_out is not None:
         index.store.refuse_other_units(held_out, "held-out images")
     began = time.perf_counter()
-    bench = _Bench(index, held_out, memory, seed)
+    bench = Bench(index, held_out, memory, seed)
     times = _times(float(index.manifest["collapse_time"]))
     costs, calls = _costs(bench, times[len(times) // 2], _FOR_ROUNDS * seconds)
     affordable = _affordable(costs, seconds / len(times))
@@ -255,7 +121,7 @@ def calibrate(
     about = {
         "seed": seed,
         "queries": count,
-        "batch": _BATCH,
+        "batch": AT_ONCE,
         "held_out": _others(bench),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -266,7 +132,7 @@ def calibrate(
     return table
 
 
-def _others(bench: _Bench) -> str:
+def _others(bench: Bench) -> str:
     """What the held-out queries lead to."""
     if bench.held_out is not None:
         return bench.held_out.fingerprint
@@ -276,12 +142,10 @@ def _others(bench: _Bench) -> str:
 class _Time:
     """One time under measurement: the exact answers, and what the ways asked so far make of the queries."""
 
-    def __init__(
-        self, bench: _Bench, t: float, count: int, calls: Mapping[str, float], finest: float
-    ) -> None:
+    def __init__(self, bench: Bench, t: float, count: int, calls: Mapping[str, float], finest: float) -> None:
         self._bench, self._t, self._count, self._calls, self._finest = bench, t, count, calls, finest
         self._sets = bench.ask(t, count, calls[EXACT])
-        self._answers = {EXACT: [_Answered.exactly(asked) for asked in self._sets]}
+        self._answers = {EXACT: [Answered.exactly(asked) for asked in self._sets]}
         self._hopeless: set[str] = set()
 
     def climb(self, order: Sequence[str]) -> None:
@@ -308,18 +172,18 @@ class _Time:
                 self._answers[name] = answers
         return math.inf if name in self._hopeless else Quantiles.of(self._answers[name][0].errors).upper
 
-    def _ask(self, name: str) -> list[_Answered] | None:
+    def _ask(self, name: str) -> list[Answered] | None:
         """All answers of a way, or none where the median of the first is hopeless."""
         way, call, (inside, *others) = self._bench.ways[name], self._calls[name], self._sets
         if self._finest == _COARSE:
             few = self._bench.answered(way, inside, call, slice(0, _FEW))
             if few.errors.median() > _COARSE:
                 return None
-        found = self._bench.answered(way, inside, call, slice(0, _BATCH))
+        found = self._bench.answered(way, inside, call, slice(0, AT_ONCE))
         if found.errors.median() > _HOPELESS:
             return None
-        if self._count > _BATCH:
-            found = found.and_more(self._bench.answered(way, inside, call, slice(_BATCH, None)))
+        if self._count > AT_ONCE:
+            found = found.and_more(self._bench.answered(way, inside, call, slice(AT_ONCE, None)))
         return [found, *(self._bench.answered(way, other, call) for other in others)]
 
     def entries(self) -> list[Entry]:
@@ -336,7 +200,7 @@ class _Time:
         ]
 
 
-def _in_turn(answers: Mapping[str, list[_Answered]]) -> dict[str, list[_Answered]]:
+def _in_turn(answers: Mapping[str, list[Answered]]) -> dict[str, list[Answered]]:
     """A cheap way, and a dearer one for what it has not settled: from the answers of each."""
     found = {}
     for first in [name for name in answers if name in FIRSTS]:
@@ -350,9 +214,9 @@ def _in_turn(answers: Mapping[str, list[_Answered]]) -> dict[str, list[_Answered
     return found
 
 
-def _costs(bench: _Bench, t: float, patience: float) -> tuple[dict[str, float], dict[str, float]]:
+def _costs(bench: Bench, t: float, patience: float) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds per query of every ladder and the exact field at one time, and seconds per call beside."""
-    x, times = bench.queries(t, _BATCH, held_in=True)
+    x, times = bench.queries(t, AT_ONCE, held_in=True)
     ways = bench.ways | {EXACT: bench.exact}
     # In turn, so that each call finds the caches as the one of another ladder has left them; the first
     # round takes memory and reads files, and is no measure.
@@ -365,7 +229,7 @@ def _costs(bench: _Bench, t: float, patience: float) -> tuple[dict[str, float], 
         few = statistics.median(turn[name] for turn in rounds[1:])
         costs[name] = bench.answer(way, x, times)[2]
         # T(q) = call + q m, from T(2) and T(64)
-        calls[name] = max(0.0, 2 * _BATCH * (few - costs[name]) / (_BATCH - 2))
+        calls[name] = max(0.0, 2 * AT_ONCE * (few - costs[name]) / (AT_ONCE - 2))
     return costs, calls
 
 
@@ -423,5 +287,5 @@ def _beside(t: float, measured: Iterable[float]) -> list[float]:
 def _affordable(costs: Mapping[str, float], seconds: float) -> int:
     """Queries that can be measured at one time in so many seconds."""
     # About half of the ladders are measured at a time; the others are hopeless there, or not needed.
-    per_query = (1 + 1 / _HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
-    return int(seconds / per_query) // _BATCH * _BATCH
+    per_query = (1 + 1 / HELD_OUT) * (costs[EXACT] + sum(costs.values())) / 2
+    return int(seconds / per_query) // AT_ONCE * AT_ONCE

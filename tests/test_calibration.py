@@ -15,7 +15,7 @@ from stores import store_of
 from test_farfield import smooth
 from torch import Tensor
 
-from nnflow import calibrating as measuring
+from nnflow import calibrating, measuring
 from nnflow import calibration as module
 from nnflow.calibrating import calibrate
 from nnflow.calibration import CERTAIN, Calibration, Entry, Quantiles
@@ -168,13 +168,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> NeighbourIndex:
 def measured(index: NeighbourIndex) -> Calibration:
     """As on a machine where the exact field is dear and a ladder the cheaper the less it reads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring._Bench, "answer", priced)
-        patch.setattr(measuring, "_TIMES", (0.02, 0.1, 0.3, 0.6))
-        patch.setattr(measuring, "_COLLAPSE", ())
+        patch.setattr(measuring.Bench, "answer", priced)
+        patch.setattr(calibrating, "_TIMES", (0.02, 0.1, 0.3, 0.6))
+        patch.setattr(calibrating, "_COLLAPSE", ())
         return calibrate(index, queries=256, seed=3)
 
 
-_ANSWER = measuring._Bench.answer
+_ANSWER = measuring.Bench.answer
 
 
 def priced(bench: Any, way: Any, x: Tensor, t: Tensor, size: int = 64) -> tuple[Tensor, Tensor, float]:
@@ -247,9 +247,9 @@ def test_without_far_only_images_in_pixels_are_summed(index: NeighbourIndex, mea
 
 def test_one_seed_gives_one_set_of_errors(index: NeighbourIndex, measured: Calibration) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring._Bench, "answer", priced)
-        patch.setattr(measuring, "_TIMES", (0.1,))
-        patch.setattr(measuring, "_COLLAPSE", ())
+        patch.setattr(measuring.Bench, "answer", priced)
+        patch.setattr(calibrating, "_TIMES", (0.1,))
+        patch.setattr(calibrating, "_COLLAPSE", ())
         tables = [calibrate(index, queries=40, seed=seed).entries for seed in (0, 0, 1)]
     measured.save(index.folder / "calibration.json")
     assert tables[0] == tables[1] != tables[2]
@@ -257,19 +257,19 @@ def test_one_seed_gives_one_set_of_errors(index: NeighbourIndex, measured: Calib
 
 def test_little_time_means_fewer_times(index: NeighbourIndex, measured: Calibration) -> None:
     """By a clock on which each takes 10 s: nine fit into 95 s; no fewer than six, no more than all."""
-    asked, hand = measuring._Bench.ask, [0.0]
+    asked, hand = measuring.Bench.ask, [0.0]
 
-    def slow(*args: Any, **kwargs: Any) -> list[measuring._Asked]:
+    def slow(*args: Any, **kwargs: Any) -> list[measuring.Asked]:
         hand[0] += 10
         return asked(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring._Bench, "answer", priced)
-        patch.setattr(measuring._Bench, "ask", slow)
-        patch.setattr(measuring.time, "perf_counter", lambda: hand[0])
+        patch.setattr(measuring.Bench, "answer", priced)
+        patch.setattr(measuring.Bench, "ask", slow)
+        patch.setattr(calibrating.time, "perf_counter", lambda: hand[0])
         counts = {seconds: calibrate(index, seconds=seconds).times for seconds in (10.0, 95.0, 1e4)}
     measured.save(index.folder / "calibration.json")
-    all_times = measuring._times(index.manifest["collapse_time"])
+    all_times = calibrating._times(index.manifest["collapse_time"])
     assert [len(times) for times in counts.values()] == [6, 9, len(all_times)]
     for times in counts.values():
         assert (times[0], times[-1]) == (0.005, 0.99)
@@ -280,11 +280,11 @@ def test_little_time_means_no_ladder_better_than_a_percent(
     index: NeighbourIndex, measured: Calibration
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring._Bench, "answer", priced)
-        patch.setattr(measuring, "_TIMES", (0.02, 0.1, 0.3, 0.6))
-        patch.setattr(measuring, "_COLLAPSE", ())
-        patch.setattr(measuring, "_ALWAYS", set())
-        patch.setattr(measuring, "_HOPELESS", math.inf)
+        patch.setattr(measuring.Bench, "answer", priced)
+        patch.setattr(calibrating, "_TIMES", (0.02, 0.1, 0.3, 0.6))
+        patch.setattr(calibrating, "_COLLAPSE", ())
+        patch.setattr(calibrating, "_ALWAYS", set())
+        patch.setattr(calibrating, "_HOPELESS", math.inf)
         few, many = (calibrate(index, queries=64, seconds=seconds) for seconds in (1e-3, 1e6))
     measured.save(index.folder / "calibration.json")
     assert few.times == many.times
@@ -293,7 +293,7 @@ def test_little_time_means_no_ladder_better_than_a_percent(
     for table in (few, many):
         at = [{entry.ladder for entry in table.entries if entry.t == t} for t in table.times]
         for here, beside in [*pairwise(table.times), *pairwise(table.times[::-1])]:
-            chosen = measuring._cheapest([entry for entry in table.entries if entry.t == here])
+            chosen = calibrating._cheapest([entry for entry in table.entries if entry.t == here])
             poor = {entry.ladder for entry in many.entries if entry.t == beside and entry.held_in.p50 > 0.005}
             assert chosen - poor <= at[table.times.index(beside)], "not asked at both ends of a stretch"
 
@@ -313,17 +313,17 @@ def test_times_that_cost_a_batch_most_are_measured_first() -> None:
     order = []
     # good serves up to .4, cheap from there on; bad is right nowhere
     for _ in times:
-        t = measuring._next(times, found)
+        t = calibrating._next(times, found)
         late = {"cheap": 2 - t} if t >= 0.4 else {"bad": 0.1}
         found[t] = made_up(t, exact=100.0, good=10.0, **late)
         order.append(t)
     assert order == [0.0, 0.8, 0.4, 0.2, 0.1, 0.3, 0.6, 0.5, 0.7]
-    assert (measuring._next([0.1], {}), measuring._next([0.1, 0.2], {0.1: []})) == (0.1, 0.2)
+    assert (calibrating._next([0.1], {}), calibrating._next([0.1, 0.2], {0.1: []})) == (0.1, 0.2)
 
 
 def test_what_lies_beside_a_time() -> None:
-    assert measuring._beside(0.3, {0.1: 0, 0.2: 0, 0.4: 0, 0.9: 0}) == [0.2, 0.4]
-    assert measuring._beside(0.3, {0.4: 0}) == [0.4]
+    assert calibrating._beside(0.3, {0.1: 0, 0.2: 0, 0.4: 0, 0.9: 0}) == [0.2, 0.4]
+    assert calibrating._beside(0.3, {0.4: 0}) == [0.4]
 
 
 def test_a_small_set_is_the_exact_field(tmp_path: Path) -> None:
@@ -352,9 +352,9 @@ def test_held_out_images_are_asked_for(index: NeighbourIndex, measured: Calibrat
     noise = torch.randint(0, 256, (30, 3, 7, 7), generator=generator, dtype=torch.uint8)
     other = store_of(noise, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring._Bench, "answer", priced)
-        patch.setattr(measuring, "_TIMES", (0.1,))
-        patch.setattr(measuring, "_COLLAPSE", ())
+        patch.setattr(measuring.Bench, "answer", priced)
+        patch.setattr(calibrating, "_TIMES", (0.1,))
+        patch.setattr(calibrating, "_COLLAPSE", ())
         mirrored, found = calibrate(index, queries=256), calibrate(index, queries=256, held_out=other)
     measured.save(index.folder / "calibration.json")
     assert found.about["held_out"] == other.fingerprint

@@ -10,7 +10,7 @@ from test_calibration import priced
 from test_farfield import smooth
 from torch import Tensor
 
-from nnflow import calibrating as measuring
+from nnflow import calibrating, measuring
 from nnflow.calibration import Calibration, Plan, ways_of
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
@@ -153,12 +153,12 @@ def test_calibration_says_of_two_ways_what_asking_them_gives(
     index: NeighbourIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table never asks two ways in turn: it puts the answers of each together."""
-    monkeypatch.setattr(measuring, "_TIMES", (0.7, 0.75))
-    monkeypatch.setattr(measuring, "_COLLAPSE", ())
-    monkeypatch.setattr(measuring, "_LAST", 0.8)
-    monkeypatch.setattr(measuring._Bench, "answer", priced)
-    table = measuring.calibrate(index, queries=64, seed=3)
-    bench = measuring._Bench(index, None, BUDGET, 3)
+    monkeypatch.setattr(calibrating, "_TIMES", (0.7, 0.75))
+    monkeypatch.setattr(calibrating, "_COLLAPSE", ())
+    monkeypatch.setattr(calibrating, "_LAST", 0.8)
+    monkeypatch.setattr(measuring.Bench, "answer", priced)
+    table = calibrating.calibrate(index, queries=64, seed=3)
+    bench = measuring.Bench(index, None, BUDGET, 3)
     both = [entry for entry in table.entries if " else " in entry.ladder]
     assert len({entry.ladder for entry in both}) > 3
     seconds = {(entry.t, entry.ladder): entry.seconds for entry in table.entries}

@@ -6,7 +6,7 @@ import torch
 from contract import all_images
 from stores import store_of
 
-from nnflow import calibrating, probing
+from nnflow import calibrating, measuring, probing
 from nnflow.calibrating import calibrate
 from nnflow.errors import InputError
 from nnflow.faiss_backend import Choice, choose_kind, lists_of, make_index
@@ -114,7 +114,7 @@ def test_a_product_quantiser_divides_the_coordinates(rank: int, parts: int) -> N
 def test_what_the_index_finds_by_itself_is_calibrated(
     store: ImageStore, index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating, "LADDERS", ("64/30",))
+    monkeypatch.setattr(measuring, "LADDERS", ("64/30",))
     monkeypatch.setattr(calibrating, "_ALWAYS", {"index/8"})  # not only where no other is found cheaper
     monkeypatch.setattr(calibrating, "_TIMES", (0.005, 0.9))
     monkeypatch.setattr(calibrating, "_COLLAPSE", ())
@@ -123,7 +123,7 @@ def test_what_the_index_finds_by_itself_is_calibrated(
     early = {entry.ladder for entry in table.entries if entry.t == 0.005}
     assert "index/8" in late
     assert late["index/8"].held_in.upper < 0.01
-    assert not early & set(calibrating.SEARCHES)
+    assert not early & set(measuring.SEARCHES)
     exact = support_of("exact", index, PixelRows(store.pixels), 1 << 28)
     found = support_of("index/8", index, PixelRows(store.pixels), 1 << 28)
     x = 0.1 * torch.randn(5, store.pixels.shape[1]) + 0.9 * store.images(torch.arange(5)).flatten(1)
