@@ -53,7 +53,7 @@ class Coordinates:
         self.steps = _steps(embedding.peaks)
         self.edges = edges_of(rows.shape[1])
         self._squares: dict[int, Tensor] = {}
-        self._widest: dict[tuple[int, int], float] = {}
+        self._widest: dict[int, float] = {}
         self._moved: dict[torch.device, Coordinates] = {}
         self._laid_out: LaidOut | None = None
 
@@ -95,15 +95,15 @@ class Coordinates:
         if (images.start, images.stop) != (0, count) or not fits or not integers.factor_levels():
             return Rows(self.rows[images])
         if self._laid_out is None:
-            self._laid_out = LaidOut(self.rows, cuts=(_HEAD, _MIDDLE))
+            self._laid_out = LaidOut(self.rows, cuts=(_MIDDLE,))
         return self._laid_out
 
-    def widest(self, start: int, stop: int) -> float:
-        """The largest sum of |bytes| of any image in these coordinates; a pass over them the first time."""
-        if (start, stop) not in self._widest:
-            blocks = self.rows[:, start:stop].split(_BLOCK_ROWS)
-            self._widest[start, stop] = max(block.float().abs_().sum(1).max().item() for block in blocks)
-        return self._widest[start, stop]
+    def widest(self, rank: int) -> float:
+        """The largest sum of |bytes| of any image's first `rank`; a pass over them the first time."""
+        if rank not in self._widest:
+            blocks = self.rows[:, :rank].split(_BLOCK_ROWS)
+            self._widest[rank] = max(block.float().abs_().sum(1).max().item() for block in blocks)
+        return self._widest[rank]
 
     def values(self, rows: Tensor) -> Float[Tensor, "... r"]:
         """The coordinates that rows of bytes, or weighted means of such rows, stand for."""

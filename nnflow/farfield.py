@@ -231,9 +231,7 @@ class NearAndFar(Support):
         time, reach = queries.t.double(), self._embedding.radius + self.coordinates.rounding(rank)
         noise = (1 - time).square()
         size = queries.y[:, :rank].double().norm(dim=1)
-        slack = torch.zeros_like(size)
-        for start, stop, unit in level.scores.units:
-            slack += 0.5 * unit.double() * self.coordinates.widest(start, stop)
+        slack = 0.5 * level.scores.unit.double() * self.coordinates.widest(rank)
         slack += 2**-20 * (time / noise * reach * (size + time * reach) + last.double().abs())
         nearest = (-2 * noise * (last.double() + slack) + size.square()).clamp_min(0).sqrt()
         nearest = (nearest - time * self.coordinates.rounding(rank)).clamp_min(0)

@@ -8,7 +8,9 @@ for 10.4 (2 cores; the images are read in 4.6).
 Axes:  n images   m of them, a block   C rows of digits   B queries   r coordinates
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int8, UInt8
@@ -37,13 +39,19 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def blocks(self, queries: int) -> Iterator[slice]:
-        """Consecutive images, so many that the logits of `queries` stay in the cache of a core."""
-        return _slices(len(self), block_rows(queries))
+    def block_rows(self, queries: int) -> int:
+        """Images of a block for so many queries: so many that their logits stay in the cache of a core."""
+        return block_rows(queries)
 
-    def products(self, digits: Int8[Tensor, "C k"], first: int) -> Products:
-        """What multiplies the coordinates from `first` on by `digits`."""
-        rows = self.rows[:, first : first + digits.shape[1]]
+    def blocks(self, queries: int) -> Iterator[slice]:
+        """Consecutive images, `block_rows` in each but the last."""
+        size = self.block_rows(queries)
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def products(self, digits: Int8[Tensor, "C k"]) -> Products:
+        """What multiplies the first k coordinates by `digits`."""
+        rows = self.rows[:, : digits.shape[1]]
         return lambda images: integers.product(digits, rows[images].T)
 
     def sums(self, weights: UInt8[Tensor, "B m"], images: slice, rank: int) -> Tensor:
@@ -63,25 +71,32 @@ class LaidOut(Rows):
         super().__init__(rows)
         self._cuts = cuts
         self.levels = integers.factor_levels()
-        self._across: dict[tuple[int, int], list[integers.Factor]] = {}
+        self._kind = integers.factor_kind()
+        self._across: dict[tuple[int, int], list[integers.Factor | integers.ShortFactor]] = {}
         self._along: dict[int, list[integers.Factor]] = {}
 
-    def blocks(self, queries: int) -> Iterator[slice]:  # noqa: ARG002
-        """Consecutive images, as they were laid out together."""
-        return _slices(len(self), MOST_ROWS)
+    def block_rows(self, queries: int) -> int:  # noqa: ARG002
+        """Images of a block: as many as were laid out together."""
+        return MOST_ROWS
 
-    def products(self, digits: Int8[Tensor, "C k"], first: int) -> Products:
+    def products(self, digits: Int8[Tensor, "C k"]) -> Products:
         """As of those not laid out, as float32."""
-        last = first + digits.shape[1]
-        cut = next((cut for cut in self._cuts if first < cut < last), None)
-        if cut is not None:
-            head = self.products(digits[:, : cut - first], first)
-            others = self.products(digits[:, cut - first :], cut)
-            return lambda images: head(images).add_(others(images))
+        parts = [
+            self._part(digits[:, first:last], first, last) for first, last in self._pieces(digits.shape[1])
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return lambda images: functools.reduce(Tensor.add_, (part(images) for part in parts))
+
+    def _pieces(self, rank: int) -> Iterator[tuple[int, int]]:
+        """The first `rank` coordinates, divided at the cuts."""
+        return pairwise([0, *(cut for cut in self._cuts if cut < rank), rank])
+
+    def _part(self, digits: Int8[Tensor, "C k"], first: int, last: int) -> Products:
         if (first, last) not in self._across:
             rows = self.rows[:, first:last]
-            self._across[first, last] = [integers.Factor(rows[some]) for some in self.blocks(1)]
-        blocks, sent = self._across[first, last], integers.unsigned(digits, self.levels)
+            self._across[first, last] = [self._kind(rows[some]) for some in self.blocks(1)]
+        blocks, sent = self._across[first, last], self._kind.sent(digits, self.levels)
         return lambda images: blocks[images.start // MOST_ROWS].product(sent, self.levels)
 
     def sums(self, weights: UInt8[Tensor, "B m"], images: slice, rank: int) -> Tensor:
@@ -90,11 +105,6 @@ class LaidOut(Rows):
             rows = self.rows[:, :rank]
             self._along[rank] = [integers.Factor(rows[some].T) for some in self.blocks(1)]
         return self._along[rank][images.start // MOST_ROWS].sum(weights)
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def block_rows(queries: int) -> int:

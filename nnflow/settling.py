@@ -222,7 +222,7 @@ class _Crowd:
         """-|z - z_j|^2 / 2 for every image j."""
         digits, units = integers.two_digits(z)
         count, base = self.digits.shape[1], 2 * integers.LEVELS
-        exponents = self._buffer.take((len(z), count), z)
+        exponents = self._buffer.take("logits", (len(z), count), z)
         for start in range(0, count, _TILE):
             here = slice(start, min(start + _TILE, count))
             high, low = (integers.product(digits, rows[here].T) for rows in self.digits)

@@ -1,5 +1,7 @@
 """Products of bytes against numpy's in int64; numbers as two digits."""
 
+import functools
+import platform
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -32,23 +34,34 @@ def test_products_are_exact_in_whatever_layout(shape: tuple[int, int, int], fast
     assert torch.equal(integers.product(a, b.contiguous()).long(), wanted)
 
 
+@pytest.fixture(params=[integers.Factor, integers.ShortFactor])
+def kind(request: pytest.FixtureRequest) -> type[integers.Factor] | type[integers.ShortFactor]:
+    here = integers.factor_levels() > 0
+    if request.param is integers.ShortFactor:
+        here = "fbgemm" in torch.backends.quantized.supported_engines and platform.machine() == "x86_64"
+    if not here:
+        pytest.skip("this processor lays out no such factors")
+    return request.param
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (2, 16, 1), (3, 5, 40), (1, 512, 17), (66, 6, 999), (7, 1000, 64)]
 )
-def test_factors_are_exact_whatever_their_shape(shape: tuple[int, int, int]) -> None:
-    levels = integers.factor_levels()
-    if not levels:
-        pytest.skip("nothing to lay factors out for")
+def test_factors_are_exact_whatever_their_shape(
+    shape: tuple[int, int, int], kind: type[integers.Factor] | type[integers.ShortFactor]
+) -> None:
+    levels = 63 if kind is integers.ShortFactor else integers.factor_levels()
     m, k, n = shape
     generator = torch.Generator().manual_seed(m * n)
     a = torch.randint(-levels, levels + 1, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-128, 128, (n, k + 3), generator=generator, dtype=torch.int8)[:, :k]
     weights = torch.randint(0, 128, (m, k), generator=generator, dtype=torch.uint8)
-    factor = integers.Factor(b)
+    factor = kind(b)
     rows = b.long().numpy().T
-    found = factor.product(integers.unsigned(a, levels), levels)
+    found = factor.product(factor.sent(a, levels), levels)
     assert torch.equal(found.long(), torch.from_numpy(a.long().numpy() @ rows))
-    assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
+    if isinstance(factor, integers.Factor):
+        assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
 
 
 @pytest.mark.parametrize("count", [1, 8, 19])
@@ -71,10 +84,11 @@ def test_products_of_the_largest_bytes(fast: bool) -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    for probe in (integers.are_fast, integers.factor_levels):
+    probes = (integers.are_fast, integers.factor_levels, integers.factor_kind)
+    for probe in probes:
         probe.cache_clear()
     yield
-    for probe in (integers.are_fast, integers.factor_levels):
+    for probe in probes:
         probe.cache_clear()
 
 
@@ -138,6 +152,33 @@ def test_digits_are_as_long_as_their_products_stay_right(
     onednn = SimpleNamespace(qlinear_prepack=packed, qlinear_pointwise=linear)
     monkeypatch.setattr(integers.torch, "ops", SimpleNamespace(onednn=onednn))
     assert integers.factor_levels() == levels
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    ("levels", "found", "kind"),
+    [
+        (63, 512 * 63 * 127, integers.ShortFactor),
+        (63, 512 * 63 * 127 - 1, integers.Factor),  # it saturates even of short digits
+        (63, AttributeError("no operator linear_prepack"), integers.Factor),
+        (127, 512 * 63 * 127, integers.Factor),  # oneDNN need not lay out anew
+        (0, 512 * 63 * 127, integers.Factor),
+    ],
+)
+def test_short_factors_are_for_processors_without_vnni_and_a_torch_that_has_them(
+    levels: int, found: int | Exception, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def multiplied(a: torch.Tensor, scale: float, zero: int, held: torch.Tensor) -> torch.Tensor:
+        if isinstance(found, Exception):
+            raise found
+        return torch.full((len(a), len(held)), float(found))
+
+    fbgemm = SimpleNamespace(
+        linear_prepack=lambda rows, bias: rows, linear_with_input_q_dq_qweight_dq_output_fp32=multiplied
+    )
+    monkeypatch.setattr(integers.torch, "ops", SimpleNamespace(quantized=fbgemm))
+    monkeypatch.setattr(integers, "factor_levels", functools.cache(lambda: levels))
+    assert integers.factor_kind() is kind
 
 
 @pytest.mark.parametrize("levels", [127, 63])

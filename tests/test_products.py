@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnflow import integers, laidout
 from nnflow import products as module
-from nnflow.laidout import LaidOut, Rows
+from nnflow.laidout import LaidOut, Products, Rows
 from nnflow.products import Buffer, masses, scores_of, weighted
 
 R = 20
@@ -36,10 +36,11 @@ def squares_of(*shape: int) -> Tensor:
 Lay = Callable[[Tensor], Rows]
 
 
-@pytest.fixture(params=["laid out", "bytes", "float32"])
+@pytest.fixture(params=["laid out", "laid out, all queries at once", "bytes", "float32"])
 def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
     """All images' rows in blocks of 96, as this processor would have them or as another."""
-    if request.param == "laid out" and (str(DEVICE) != "cpu" or not integers.factor_levels()):
+    laid = request.param.startswith("laid out")
+    if laid and (str(DEVICE) != "cpu" or not integers.factor_levels()):
         pytest.skip("nothing to lay rows out for")
     if request.param == "bytes" and not integers.are_fast():
         pytest.skip("this processor has no exact products of bytes")
@@ -48,7 +49,9 @@ def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
     monkeypatch.setattr(laidout, "MOST_ROWS", 96)
     for user in (laidout, module):
         monkeypatch.setattr(user, "block_rows", lambda queries: 96)
-    return partial(LaidOut, cuts=(8, 13)) if request.param == "laid out" else Rows
+    if request.param != "laid out, all queries at once":
+        monkeypatch.setattr(module, "_MOST_MADE", 96 * 4)  # two digits of two queries
+    return partial(LaidOut, cuts=(8, 13)) if laid else Rows
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,6 @@ def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     # half a unit of each value, 1e-5 of the largest, times 127
     torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
-    assert [unit[:2] for unit in found.units] == [(0, R)]
     values, places = found.highest(k)
     assert torch.equal(values, found.values.sort(1, descending=True).values[:, :k])
     assert torch.equal(values, found.values.gather(1, places))
@@ -71,23 +73,55 @@ def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
     assert all(len(set(row)) == k for row in places.tolist())
 
 
-@pytest.mark.parametrize(("fine", "spans"), [(True, [(0, 8), (8, R)]), (False, [(0, R)])])
-def test_what_a_query_has_fewer_digits_for_is_off_by_no_more_than_half_a_unit(
-    fine: bool, spans: list[tuple[int, int]], lay: Lay, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fine", [True, False])
+@pytest.mark.parametrize("count", [1, 6, 7, 40, 103])
+def test_queries_are_multiplied_so_many_at_a_time_that_what_is_made_is_small(
+    count: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_MADE", 96 * 4)
+    monkeypatch.setattr(laidout, "block_rows", lambda queries: 96)
+    row, fall = queries(count)
+    made: list[Tensor] = []
+
+    class Counted(Rows):
+        def products(self, digits: Tensor) -> Products:
+            multiplied = super().products(digits)
+
+            def counted(images: slice) -> Tensor:
+                made.append(multiplied(images))
+                return made[-1]
+
+            return counted
+
+    scores_of(row, fall, Counted(rows_of(300)), squares_of(300), Buffer(), fine=fine)
+    assert sum(some.numel() for some in made) == (2 if fine else 1) * count * 300
+    sizes = [some.shape[0] for some in made]
+    assert max(sizes) <= 4
+    assert max(sizes) - min(sizes) <= 1
+    assert len(made) == (2 if fine else 1) * 4 * -(-count // 4)
+
+
+@pytest.mark.parametrize(
+    ("fine", "tail", "digits"),
+    [
+        (True, 1 / 30, 1),  # what one digit of the others counts in is finer than two of the first reach
+        (True, 1e-6, 2),  # and here it is not: two digits must reach
+        (True, 30, 1),  # the first are but a low digit
+        (False, 1, 1),
+    ],
+)
+def test_logits_are_off_by_no_more_than_half_a_unit_of_each_coordinate(
+    fine: bool, tail: float, digits: int, lay: Lay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HEAD", 8)
     rows, squares, (row, fall) = rows_of(500), squares_of(500), queries()
-    row[:, 8:] /= 30  # where there are two spans, what one digit counts in is as small there
+    row[:, 8:] *= tail
     laid = lay(rows)
     found = scores_of(row, fall, laid, squares, Buffer(), fine=fine)
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
-    assert [unit[:2] for unit in found.units] == spans
-    allowed = torch.zeros_like(wanted)
-    for start, stop, unit in found.units:
-        digits = 2 if fine and start == 0 else 1
-        largest = row[:, start:stop].abs().amax(1)
-        torch.testing.assert_close(unit, largest / (laid.levels if digits == 1 else 2 * laid.levels**2))
-        allowed += 0.5 * unit.double()[:, None] * rows[:, start:stop].abs().double().sum(1)
+    largest = (row if not fine else row[:, 8:] if digits == 1 else row[:, :8]).abs().amax(1)
+    torch.testing.assert_close(found.unit, largest / (laid.levels if digits == 1 else 2 * laid.levels**2))
+    allowed = 0.5 * found.unit.double()[:, None] * rows.abs().double().sum(1)
     off = (found.values.double() - wanted).abs()
     assert (off <= 1.001 * allowed + 1e-5).all()
     assert (off.mean(1) > 0.02 * allowed.mean(1)).all(), "the allowance would cover anything"
@@ -188,11 +222,12 @@ def test_blocks_are_powers_of_two_that_sum_within_int32(queries: int) -> None:
 
 def test_a_buffer_is_one_for_each_thread() -> None:
     buffer, like = Buffer(), torch.zeros(1)
-    first = buffer.take((3, 4), like)
-    assert buffer.take((2, 5), like).data_ptr() == first.data_ptr()
-    assert buffer.take((30, 4), like).shape == (30, 4)
-    here, there = buffer.take((3, 4), like), []
-    thread = threading.Thread(target=lambda: there.append(buffer.take((3, 4), like)))
+    first = buffer.take("logits", (3, 4), like)
+    assert buffer.take("logits", (2, 5), like).data_ptr() == first.data_ptr()
+    assert buffer.take("maxima", (2, 5), like).data_ptr() != first.data_ptr()
+    assert buffer.take("logits", (30, 4), like).shape == (30, 4)
+    here, there = buffer.take("logits", (3, 4), like), []
+    thread = threading.Thread(target=lambda: there.append(buffer.take("logits", (3, 4), like)))
     thread.start()
     thread.join()
     assert there[0].data_ptr() != here.data_ptr()
