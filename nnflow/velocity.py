@@ -28,6 +28,7 @@ from nnflow.precision import full_float32
 from nnflow.scan import AllImages
 from nnflow.store import ImageStore
 from nnflow.support import Part, Support
+from nnflow.weighted import WeightedMean
 
 _LARGEST = 1e12  # its square times any number of pixels, divided by the least search time, is a float32
 
@@ -290,6 +291,8 @@ class EmpiricalVelocity(Velocity):
 
     def _over_classes(self, x: Tensor, t: Tensor, label: Tensor | int | None) -> Part:
         groups = self._groups(label, len(x))
+        if not len(x):  # nothing to divide into blocks, nor to join
+            return Part.summed(WeightedMean.empty(x), "exact", ids=0)
         parts = [self.support.part(x[rows], t[rows], images) for rows, images in groups]
         return parts[0] if label is None else Part.joined(parts, [rows for rows, _ in groups])
 

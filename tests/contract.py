@@ -280,6 +280,15 @@ class FieldContract(ABC):
         apart = torch.cat([field(*one), field(*other)])
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("label", [None, 1])
+    def test_no_queries_have_no_velocities(self, store: ImageStore, label: int | None) -> None:
+        none = torch.empty(0, *store.shape[1:])
+        for flip in {False, store.codec.of_pixels}:
+            estimate = self.make(store, flip=flip).estimate(none, 0.1, label)
+            assert estimate.velocity.shape == (0, *store.shape[1:])
+            assert estimate.ess.shape == estimate.error.shape == (0,)
+            assert estimate.ladder == ()
+
     def test_the_query_is_left_alone(self, store: ImageStore) -> None:
         x, t = queries(store, 0.3)
         before = x.clone(), t.clone()
