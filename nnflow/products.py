@@ -77,7 +77,7 @@ class Scores:
         """
         if self.maxima is None:
             return top.double() + math.log(self.values.shape[1])
-        # each in its cache: as one logsumexp 64 queries of 1,281,167 images take 73 ms, so 13
+        # a few in the cache at a time: 64 queries of 1,281,167 images take 3.9 ms, as one logsumexp 41
         mass = torch.zeros_like(top)
         for some in self.maxima.split(block_rows(len(top)), 1):
             mass += _weights(some, top).sum(1)
