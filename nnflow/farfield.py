@@ -209,7 +209,7 @@ class NearAndFar(Support):
         log_mass, log_square = torch.empty_like(constant), torch.empty_like(constant)
         some, others = matters.nonzero()[:, 0], (~matters).nonzero()[:, 0]
         summed = min(rank, max(_SUMMED, self.coordinates.rank // 4))
-        left = weighted(scores, top, level.rows, some, summed)
+        left = weighted(scores, top, level.rows, some, summed, self._buffer)
         log_mass[some], log_square[some] = left.log_mass, left.log_square
         mean[some, : left.mean.shape[1]] = self.coordinates.values(left.mean)
         log_mass[others], log_square[others] = masses(scores, top, others)

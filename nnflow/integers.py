@@ -81,9 +81,9 @@ class Factor:
         """Of digits as they are `sent`: summed exactly, then rounded to float32."""
         return self._of(a, levels + 1)
 
-    def sum(self, a: UInt8[Tensor, "n k"]) -> Float[Tensor, "n m"]:
-        """Of weights, which have no sign and are sent as they are: exact up to 127."""
-        return self._of(a, 0)
+    def sum(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+        """Of whole numbers, 0 ... 127: exact, then rounded to float32."""
+        return self._of(weights.to(torch.uint8), 0)
 
     def _of(self, a: UInt8[Tensor, "n k"], zero: int) -> Float[Tensor, "n m"]:
         """(a - zero) b'."""
@@ -98,8 +98,8 @@ class ShortFactor:
     """The same laid out by FBGEMM, for digits of at most 63.
 
     Without VNNI instructions oneDNN lays b out anew for every product, FBGEMM once: 2 rows by 32,768 of 448
-    terms take 0.4 ms for 3.6, 34 rows 3.2 for 6.9, 128 rows 13.5 for 15.7. (Sums of many terms by few columns
-    are no quicker.)
+    terms take 0.4 ms for 3.6, 34 rows 3.2 for 6.9, 128 rows 13.5 for 15.7. Sums of 25 rows of 32,768 terms by
+    128 columns take 1.0 ms for 1.3 from floats, of which oneDNN wants bytes made.
     """
 
     def __init__(self, b: Int8[Tensor, "m k"]) -> None:
@@ -117,8 +117,16 @@ class ShortFactor:
 
     def product(self, a: Float[Tensor, "n k"], levels: int) -> Float[Tensor, "n m"]:
         """Of digits as they are `sent`: summed exactly, then rounded to float32."""
+        return self._of(a, levels + 1)
+
+    def sum(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+        """Of whole numbers, 0 ... 127: exact, two products stay within 16 bits; then rounded to float32."""
+        return self._of(weights, 0)
+
+    def _of(self, a: Float[Tensor, "n k"], zero: int) -> Float[Tensor, "n m"]:
+        """Product a b' of elements that fit in a byte without a sign once `zero` is added."""
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return multiply(a, 1.0, levels + 1, self._held)
+        return multiply(a, 1.0, zero, self._held)
 
 
 @functools.cache
@@ -138,8 +146,7 @@ def factor_levels() -> int:
     b = _worst(columns, terms)
     try:
         factor = Factor(b)
-        weights = _worst(rows, terms).view(torch.uint8)
-        if bool((factor.sum(weights) != terms * LEVELS**2).any()):
+        if bool((factor.sum(_worst(rows, terms).float()) != terms * LEVELS**2).any()):
             return 0
         for levels in (LEVELS, _SHORT):
             if _is_right(factor, levels):
@@ -167,9 +174,11 @@ def _is_right(factor: "Factor | ShortFactor", levels: int) -> bool:
 @functools.cache
 def factor_kind() -> type[Factor] | type[ShortFactor]:
     """Which multiplies digits of `factor_levels` more quickly."""
-    _, terms, columns = _PROBED
+    rows, terms, columns = _PROBED
     try:
-        short = factor_levels() == _SHORT and _is_right(ShortFactor(_worst(columns, terms)), _SHORT)
+        factor = ShortFactor(_worst(columns, terms))
+        short = factor_levels() == _SHORT and _is_right(factor, _SHORT)
+        short = short and bool((factor.sum(_worst(rows, terms).float()) == terms * LEVELS**2).all())
     except (AttributeError, RuntimeError, TypeError):  # a build of torch without it
         short = False
     return ShortFactor if short else Factor
@@ -227,10 +236,10 @@ def own_products(a: Int8[Tensor, "B m k"], b: Int8[Tensor, "B n k"]) -> Tensor:
     return found
 
 
-def own_sums(weights: Int8[Tensor, "B m k"], rows: Int8[Tensor, "B k r"]) -> Tensor:
-    """The products w_q b_q of every q, (B, m, r), int32 or float32 as `product`."""
+def own_sums(weights: Float[Tensor, "B m k"], rows: Int8[Tensor, "B k r"]) -> Tensor:
+    """The products w_q b_q of every q, (B, m, r), w whole, 0 ... 127; int32 or float32 as `product`."""
     if weights.device.type != "cpu" or not are_fast():
-        return torch.bmm(weights.float(), rows.float())
+        return torch.bmm(weights, rows.float())
     size, digits, terms = weights.shape
     found = torch.empty(size, digits, rows.shape[2], dtype=torch.int32)
     for start in range(0, size, _TOGETHER):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
-from jaxtyping import Int8, UInt8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from nnflow import integers
@@ -54,9 +54,9 @@ class Rows:
         rows = self.rows[:, : digits.shape[1]]
         return lambda images: integers.product(digits, rows[images].T)
 
-    def sums(self, weights: UInt8[Tensor, "B m"], images: slice, rank: int) -> Tensor:
-        """Of the first `rank` coordinates, weighted by whole numbers up to 127: (B, rank), as `products`."""
-        return integers.product(weights.view(torch.int8), self.rows[images, :rank])
+    def sums(self, weights: Float[Tensor, "B m"], images: slice, rank: int) -> Tensor:
+        """Of the first `rank` coordinates, weighted by whole numbers, 0 ... 127: (B, rank), as `products`."""
+        return integers.product(weights.to(torch.int8), self.rows[images, :rank])
 
 
 class LaidOut(Rows):
@@ -73,7 +73,7 @@ class LaidOut(Rows):
         self.levels = integers.factor_levels()
         self._kind = integers.factor_kind()
         self._across: dict[tuple[int, int], list[integers.Factor | integers.ShortFactor]] = {}
-        self._along: dict[int, list[integers.Factor]] = {}
+        self._along: dict[int, list[integers.Factor | integers.ShortFactor]] = {}
 
     def block_rows(self, queries: int) -> int:  # noqa: ARG002
         """Images of a block: as many as were laid out together."""
@@ -99,11 +99,11 @@ class LaidOut(Rows):
         blocks, sent = self._across[first, last], self._kind.sent(digits, self.levels)
         return lambda images: blocks[images.start // MOST_ROWS].product(sent, self.levels)
 
-    def sums(self, weights: UInt8[Tensor, "B m"], images: slice, rank: int) -> Tensor:
+    def sums(self, weights: Float[Tensor, "B m"], images: slice, rank: int) -> Tensor:
         """As of those not laid out, as float32."""
         if rank not in self._along:
             rows = self.rows[:, :rank]
-            self._along[rank] = [integers.Factor(rows[some].T) for some in self.blocks(1)]
+            self._along[rank] = [self._kind(rows[some].T) for some in self.blocks(1)]
         return self._along[rank][images.start // MOST_ROWS].sum(weights)
 
 

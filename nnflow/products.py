@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from jaxtyping import Float, Int, Int8, UInt8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from nnflow import integers
@@ -213,37 +213,40 @@ def weighted(
     rows: Rows | Int8[Tensor, "B K r"],
     asked: Int[Tensor, " b"],
     rank: int,
+    buffer: Buffer,
 ) -> WeightedMean:
     """As `masses`, and the mean of the first `rank` coordinates, of all images' rows or each query's own.
 
     For the mean a weight is a whole number of 127ths of exp(top) (`_dithered`). What that adds to the mean
-    is noise, of a variance of at most 1 / (127 sum exp(scores - top)) of that of the images.
+    is noise, of a variance of at most 1 / (127 sum exp(scores - top)) of that of the images. `buffer` is
+    where the weights of a block go: into fresh memory they take 1.1 ms a query of 1,281,167 images, so 0.2.
     """
     top = top[asked]
     mass, square, count = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
     total = torch.zeros(len(asked), rank, device=scores.device)
     whole_row = [slice(0, scores.shape[1])]
     for images in whole_row if isinstance(rows, Tensor) else rows.blocks(len(asked)):
-        weights = _weights(_of(scores[:, images], asked), top)
+        held = buffer.take("weights", (len(asked), images.stop - images.start), scores)
+        weights = _weights(_of(scores[:, images], asked), top, out=held)
         mass += weights.sum(1)
         square += torch.linalg.vector_norm(weights, dim=1).square()
         whole = _dithered(weights, images.start)
-        count += whole.sum(1, dtype=torch.int32)
+        count += whole.sum(1)
         if isinstance(rows, Tensor):
-            total += integers.own_sums(whole.view(torch.int8)[:, None], rows[asked, :, :rank])[:, 0]
+            total += integers.own_sums(whole[:, None], rows[asked, :, :rank])[:, 0]
         else:
             total += rows.sums(whole, images, rank)
     return WeightedMean(*_logs(mass, square, top), total / count.clamp_min(1)[:, None])
 
 
-def _dithered(weights: Float[Tensor, "B m"], start: int) -> UInt8[Tensor, "B m"]:
+def _dithered(weights: Float[Tensor, "B m"], start: int) -> Float[Tensor, "B m"]:
     """Weights as whole numbers, up or down by their place from `start` on, right on average; overwrites them.
 
     Rounded to the nearest, all weights below 1/2 would be lost, and half of the mass may be of such ones. A
     place is an image's, whatever the block: a query's answer does not depend on those asked with it.
     """
     first = start % MOST_ROWS
-    return weights.add_(_dither(weights.device)[first : first + weights.shape[1]]).to(torch.uint8)
+    return weights.add_(_dither(weights.device)[first : first + weights.shape[1]]).floor_()
 
 
 @functools.cache
@@ -277,8 +280,10 @@ def _unit_of(top: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     return top.double() - math.log(_FINEST)
 
 
-def _weights(scores: Float[Tensor, "B m"], top: Float[Tensor, " B"]) -> Float[Tensor, "B m"]:
-    """127 exp(scores - top), at least 1e-35; no more than 127, lest a byte overflow."""
+def _weights(
+    scores: Float[Tensor, "B m"], top: Float[Tensor, " B"], out: Float[Tensor, "B m"] | None = None
+) -> Float[Tensor, "B m"]:
+    """127 exp(scores - top), at least 1e-35; no more than 127, lest a byte overflow. They go to `out`."""
     most = math.log2(_FINEST)
     offset = most - BITS * top[:, None]
-    return torch.add(offset, scores, alpha=BITS).clamp_(FAINTEST, most).exp2_()
+    return torch.add(offset, scores, alpha=BITS, out=out).clamp_(FAINTEST, most).exp2_()

@@ -55,13 +55,12 @@ def test_factors_are_exact_whatever_their_shape(
     generator = torch.Generator().manual_seed(m * n)
     a = torch.randint(-levels, levels + 1, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-128, 128, (n, k + 3), generator=generator, dtype=torch.int8)[:, :k]
-    weights = torch.randint(0, 128, (m, k), generator=generator, dtype=torch.uint8)
+    weights = torch.randint(0, 128, (m, k), generator=generator).float()
     factor = kind(b)
     rows = b.long().numpy().T
     found = factor.product(factor.sent(a, levels), levels)
     assert torch.equal(found.long(), torch.from_numpy(a.long().numpy() @ rows))
-    if isinstance(factor, integers.Factor):
-        assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
+    assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
 
 
 @pytest.mark.parametrize("count", [1, 8, 19])
@@ -71,9 +70,10 @@ def test_each_its_own(count: int, fast: bool) -> None:
     b = torch.randint(-127, 128, (count, 33, 40), generator=generator, dtype=torch.int8).to(DEVICE)
     wanted = torch.einsum("bmk,bnk->bmn", a.cpu().long(), b.cpu().long())
     assert torch.equal(integers.own_products(a, b).cpu().long(), wanted)
+    weights = torch.randint(0, 128, (count, 2, 40), generator=generator).float().to(DEVICE)
     c = torch.randint(-127, 128, (count, 40, 27), generator=generator, dtype=torch.int8).to(DEVICE)
-    wanted = torch.einsum("bmk,bkr->bmr", a.cpu().long(), c.cpu().long())
-    assert torch.equal(integers.own_sums(a, c).cpu().long(), wanted)
+    wanted = torch.einsum("bmk,bkr->bmr", weights.cpu().long(), c.cpu().long())
+    assert torch.equal(integers.own_sums(weights, c).cpu().long(), wanted)
 
 
 def test_products_of_the_largest_bytes(fast: bool) -> None:
@@ -156,22 +156,23 @@ def test_digits_are_as_long_as_their_products_stay_right(
 
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(
-    ("levels", "found", "kind"),
+    ("levels", "found", "summed", "kind"),
     [
-        (63, 512 * 63 * 127, integers.ShortFactor),
-        (63, 512 * 63 * 127 - 1, integers.Factor),  # it saturates even of short digits
-        (63, AttributeError("no operator linear_prepack"), integers.Factor),
-        (127, 512 * 63 * 127, integers.Factor),  # oneDNN need not lay out anew
-        (0, 512 * 63 * 127, integers.Factor),
+        (63, 512 * 63 * 127, 512 * 127**2, integers.ShortFactor),
+        (63, 512 * 63 * 127 - 1, 512 * 127**2, integers.Factor),  # it saturates even of short digits
+        (63, 512 * 63 * 127, 512 * 127**2 - 1, integers.Factor),  # or of weights
+        (63, AttributeError("no operator linear_prepack"), 0, integers.Factor),
+        (127, 512 * 63 * 127, 512 * 127**2, integers.Factor),  # oneDNN need not lay out anew
+        (0, 512 * 63 * 127, 512 * 127**2, integers.Factor),
     ],
 )
 def test_short_factors_are_for_processors_without_vnni_and_a_torch_that_has_them(
-    levels: int, found: int | Exception, kind: type, monkeypatch: pytest.MonkeyPatch
+    levels: int, found: int | Exception, summed: int, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def multiplied(a: torch.Tensor, scale: float, zero: int, held: torch.Tensor) -> torch.Tensor:
         if isinstance(found, Exception):
             raise found
-        return torch.full((len(a), len(held)), float(found))
+        return torch.full((len(a), len(held)), float(found if zero else summed))
 
     fbgemm = SimpleNamespace(
         linear_prepack=lambda rows, bias: rows, linear_with_input_q_dq_qweight_dq_output_fp32=multiplied

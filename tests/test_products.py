@@ -160,7 +160,7 @@ def test_weighted_means(own: bool, asked: list[int], rank: int, lay: Lay) -> Non
     rows = rows_of(6 * 330).view(6, 330, R) if own else rows_of(330)
     laid = rows if own else lay(rows)
     chosen = torch.tensor(asked, dtype=torch.int64, device=DEVICE)
-    found = weighted(scores, scores.amax(1), laid, chosen, rank)
+    found = weighted(scores, scores.amax(1), laid, chosen, rank, Buffer())
     torch.testing.assert_close(found.log_mass, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
@@ -184,8 +184,16 @@ def test_half_of_the_mass_in_weights_that_round_to_nothing_is_not_lost(lay: Lay)
     rows[0] = 100
     scores = torch.full((1, 96_001), -torch.tensor(96_000.0).log().item())
     scores[0, 0] = 0.0
-    found = weighted(scores, torch.zeros(1), lay(rows), torch.arange(1), R)
+    found = weighted(scores, torch.zeros(1), lay(rows), torch.arange(1), R, Buffer())
     torch.testing.assert_close(found.mean, torch.zeros(1, R), rtol=0, atol=10.0)
+
+
+def test_weighing_leaves_the_scores_of_its_buffer_as_they_are(lay: Lay) -> None:
+    (row, fall), rows, buffer = queries(), lay(rows_of(333)), Buffer()
+    scores = scores_of(row, fall, rows, squares_of(333), buffer).values
+    before, asked = scores.clone(), torch.tensor([4, 1], device=DEVICE)
+    weighted(scores, scores.amax(1), rows, asked, R, buffer)
+    assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -195,7 +203,7 @@ def test_rounded_logits_of_a_million_overflow_no_byte(own: bool, lay: Lay) -> No
     rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
     laid = rows if own else lay(rows)
     top, asked = torch.full((6,), 1e6, device=DEVICE), torch.arange(6, device=DEVICE)
-    found = weighted(scores, top, laid, asked, R)
+    found = weighted(scores, top, laid, asked, R, Buffer())
     wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)
     torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
 
