@@ -163,14 +163,14 @@ class _Time:
             self.measure(name)
 
     def measure(self, name: str) -> float:
-        """The upper end of a way's 99th percentile, held in; inf where its first errors are hopeless."""
+        """A way's `Entry.error`; inf where its first errors are hopeless."""
         if name not in self._answers and name not in self._hopeless:
             answers = self._ask(name)
             if answers is None:
                 self._hopeless.add(name)
             else:
                 self._answers[name] = answers
-        return math.inf if name in self._hopeless else Quantiles.of(self._answers[name][0].errors).upper
+        return math.inf if name in self._hopeless else self._entry(name, self._answers[name]).error
 
     def _ask(self, name: str) -> list[Answered] | None:
         """All answers of a way, or none where the median of the first is hopeless."""
@@ -188,16 +188,15 @@ class _Time:
 
     def entries(self) -> list[Entry]:
         """The exact field, the ways asked, and pairs of them."""
-        return [
-            Entry(
-                self._t,
-                name,
-                inside.seconds,
-                Quantiles.of(inside.errors),
-                Quantiles.of(outside[0].errors) if outside else None,
-            )
-            for name, (inside, *outside) in (self._answers | _in_turn(self._answers)).items()
-        ]
+        every = self._answers | _in_turn(self._answers)
+        return [self._entry(name, answers) for name, answers in every.items()]
+
+    def _entry(self, name: str, answers: Sequence[Answered]) -> Entry:
+        """A way's line of the table."""
+        inside, *outside = answers
+        quantiles = [Quantiles.of(some.errors) for some in outside]
+        held_in = Quantiles.of(inside.errors)
+        return Entry(self._t, name, inside.seconds, held_in, quantiles[0] if quantiles else None)
 
 
 def _in_turn(answers: Mapping[str, list[Answered]]) -> dict[str, list[Answered]]:
@@ -237,7 +236,7 @@ def _cheapest(entries: Sequence[Entry]) -> set[str]:
     """The ways of the cheapest ladder that meets each of some tolerances."""
     found: set[str] = set()
     for tolerance in _TOLERANCES:
-        fit = [entry for entry in entries if entry.ladder != EXACT and entry.held_in.upper <= tolerance]
+        fit = [entry for entry in entries if entry.ladder != EXACT and entry.error <= tolerance]
         if fit:
             found.update(ways_of(min(fit, key=lambda entry: entry.seconds).ladder))
     return found
@@ -271,8 +270,7 @@ def _next(times: Sequence[float], found: Mapping[float, Sequence[Entry]]) -> flo
 def _together(one: Sequence[Entry], other: Sequence[Entry]) -> float:
     """Seconds per query, at two times on average, of the cheapest way right to 1 % at both."""
     seconds = [
-        {entry.ladder: entry.seconds for entry in some if entry.held_in.upper <= _COARSE}
-        for some in (one, other)
+        {entry.ladder: entry.seconds for entry in some if entry.error <= _COARSE} for some in (one, other)
     ]
     return min(seconds[0][name] + seconds[1][name] for name in seconds[0].keys() & seconds[1].keys()) / 2
 

@@ -29,7 +29,6 @@ _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a
 # Queries of which the largest error is no smaller than the true percentile, at that confidence
 CERTAIN = math.ceil(math.log(1 - _CONFIDENCE) / math.log(0.99))
 BATCH = 128  # queries at uniform times whose cost a plan makes small: a usual training batch
-_SPARE = 0.02  # share of that cost that smaller errors on images held out may take besides
 
 
 def ways_of(ladder: str) -> tuple[str, ...]:
@@ -108,6 +107,14 @@ class Entry:
     held_in: Quantiles
     held_out: Quantiles | None
 
+    @property
+    def error(self) -> float:
+        """What is held against a tolerance: the 99th percentile, the larger of either kind of images'.
+
+        Of stored images its upper end; of others, which are fewer, that of those measured.
+        """
+        return max(self.held_in.upper, self.held_out.p99 if self.held_out else 0.0)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -131,11 +138,10 @@ class Calibration:
         return tuple(sorted({entry.t for entry in self.entries}))
 
     def plan(self, tolerance: float) -> "Plan":
-        """Ladders that met the tolerance, by their errors on images of the store, as cheap as can be.
+        """Ladders that met the tolerance, on images of the store and on others, as cheap as can be.
 
         Cheap for 128 queries at uniform times: each ladder that such a batch is divided among costs a call
-        of its own, so one that is a little dearer per query may serve more of the time. Of those that cost
-        the same but for 2 % of the whole, the one with the smallest error on images held out.
+        of its own, so one that is a little dearer per query may serve more of the time.
 
         Raises:
             InputError: a tolerance that is not a positive number.
@@ -151,19 +157,6 @@ class Calibration:
             for width, some in zip(widths, fits, strict=True)
         ]
         chosen = _divided(costs, self.calls)
-        spare = _SPARE * (_sum_of(chosen, costs) + _called(chosen, self.calls))
-        ways = {way for name in chosen for way in ways_of(name)}
-        chosen = tuple(
-            min(
-                (other for other in cost if ways.issuperset(ways_of(other))),
-                key=lambda other: (
-                    cost[other] > cost[name] + spare * width,
-                    fit[other].outside,
-                    cost[other],
-                ),
-            )
-            for name, cost, fit, width in zip(chosen, costs, fits, widths, strict=True)
-        )
         errors = tuple(fit[name].error for name, fit in zip(chosen, fits, strict=True))
         return Plan(times, chosen, errors)
 
@@ -171,13 +164,12 @@ class Calibration:
         """Ladders that meet the tolerance at all `ends`."""
         found: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            if entry.t in ends and (entry.ladder == EXACT or entry.held_in.upper <= tolerance):
+            if entry.t in ends and (entry.ladder == EXACT or entry.error <= tolerance):
                 found.setdefault(entry.ladder, []).append(entry)
         return {
             name: _Fit(
                 sum(entry.seconds for entry in some) / len(some),
                 max(entry.held_in.p99 for entry in some),
-                max(0.0 if entry.held_out is None else entry.held_out.p99 for entry in some),
             )
             for name, some in found.items()
             if len(some) == len(ends)
@@ -229,11 +221,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A ladder between two times: seconds per query beside the call, largest p99 held in and held out."""
+    """A ladder between two times: seconds per query beside the call, largest p99 held in."""
 
     seconds: float
     error: float
-    outside: float
 
 
 def _sum_of(chosen: Iterable[str], costs: Sequence[Mapping[str, float]]) -> float:

@@ -19,7 +19,7 @@ from nnflow.calibration import EXACT
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.path import interpolate
-from nnflow.planned import settled, support_of
+from nnflow.planned import looked_at, settled, support_of
 from nnflow.store import ImageStore
 from nnflow.support import Support
 
@@ -89,6 +89,7 @@ class Bench:
     def __init__(self, index: NeighbourIndex, held_out: ImageStore | None, budget: int, seed: int) -> None:
         self.index, self.held_out, self.seed = index, held_out, seed
         self.rows = index.store.rows()
+        self.directions = looked_at(index, self.rows.device)
         self.has_others = held_out is not None or index.store.codec.of_pixels
         self.images = slice(0, len(index))
         self.exact = support_of(EXACT, index, self.rows, budget)
@@ -140,7 +141,7 @@ class Bench:
             if len(some) == min(size, len(x)):  # the last few of many cost more each
                 seconds.append((time.perf_counter() - began) / len(some))
             means.append(part.weighted.mean)
-            single.append(settled(part))
+            single.append(settled(part, some, times, self.directions))
         return torch.cat(means), torch.cat(single), statistics.median(seconds)
 
 

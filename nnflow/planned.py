@@ -1,9 +1,9 @@
 """Each query by the way that a calibration chose for its time, or by two in turn.
 
 Around the collapse some queries of one time have settled on one image and others have not. "64/32 alone else
-512/100" asks the cheap way of all of them; where one image holds 99 % of what it summed, its sum is taken,
-and the others are asked again, the dear way (docs/field.md, section 12). Ways that differ only in how many
-images they read in pixels scan the others together.
+512/100" asks the cheap way of all of them; where one image holds 99 % of what it summed, and what it leaves
+of the query looks like noise, its sum is taken, and the others are asked again, the dear way (docs/field.md,
+section 12). Ways that differ only in how many images they read in pixels scan the others together.
 """
 
 import re
@@ -25,11 +25,38 @@ from nnflow.support import Part, Support
 
 _NONE = -1  # no way left to be asked
 _SETTLED = 1.02  # ESS of two images that hold 99 % and 1 %
+_LOOKED_AT = 64  # principal directions in which the noise is looked at: most of the images' variance
+_LIKELY = 3.09  # standard deviations, of a normal variable: one query of the path in 1,000 is asked again
 
 
-def settled(part: Part) -> Bool[Tensor, " B"]:
-    """Which queries' sums are, but for 1 %, one image."""
-    return part.weighted.ess <= _SETTLED
+def settled(
+    part: Part, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], directions: Float[Tensor, "r D"]
+) -> Bool[Tensor, " B"]:
+    """Which queries' sums are, but for 1 %, one image, and that the one whose path they lie on.
+
+    Were it, (x - t mean) / (1 - t) would be the noise x0, and |P x0|^2 chi-squared of r degrees of freedom.
+    An image that is not stored lies far from the one found, in the leading directions most of all.
+
+    Args:
+        part: what a way found.
+        x: the queries.
+        t: their times, in [0, 1).
+        directions: orthonormal, P.
+    """
+    noise = (x - t[:, None] * part.weighted.mean.to(x.dtype)) / (1 - t[:, None])
+    likely = (noise @ directions.T).square().sum(1) <= _most_noise(len(directions))
+    return (part.weighted.ess <= _SETTLED) & likely
+
+
+def _most_noise(rank: int) -> float:
+    """The 99.9th percentile of the chi-squared distribution of `rank` degrees (Wilson and Hilferty 1931)."""
+    spread = 2 / (9 * rank)
+    return rank * (1 - spread + _LIKELY * spread**0.5) ** 3
+
+
+def looked_at(index: NeighbourIndex, device: torch.device) -> Float[Tensor, "r D"]:
+    """The directions for `settled`."""
+    return index.embedding.principal[:_LOOKED_AT].to(device)
 
 
 def _keep(way: str) -> int:
@@ -59,9 +86,17 @@ class _Call:
 class Calibrated(Support):
     """Each query by the ladder that a plan names for its time."""
 
-    def __init__(self, rows: PixelRows, plan: Plan, ways: Mapping[str, Support], *, budget: int) -> None:
+    def __init__(
+        self,
+        rows: PixelRows,
+        plan: Plan,
+        ways: Mapping[str, Support],
+        directions: Float[Tensor, "r D"],
+        *,
+        budget: int,
+    ) -> None:
         super().__init__(rows, budget=budget)
-        self.plan, self.ways = plan, ways
+        self.plan, self.ways, self.directions = plan, ways, directions
         self._edges = torch.tensor(plan.times, device=rows.device)
         self._errors = torch.tensor(plan.errors, dtype=torch.float64, device=rows.device)
         turns = [ways_of(name) for name in plan.ladders]
@@ -87,12 +122,12 @@ class Calibrated(Support):
         plan = Calibration.open(index).plan(tolerance)
         names = {way for ladder in plan.ladders for way in ways_of(ladder)}
         ways = {name: support_of(name, index, rows, budget) for name in names}
-        return cls(rows, plan, ways, budget=budget)
+        return cls(rows, plan, ways, looked_at(index, rows.device), budget=budget)
 
     def without_far(self) -> "Calibrated":
         """The same images in pixels, and nothing of the others."""
         ways = {name: way.without_far() for name, way in self.ways.items()}
-        return Calibrated(self.rows, self.plan, ways, budget=self.budget)
+        return Calibrated(self.rows, self.plan, ways, self.directions, budget=self.budget)
 
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """As any of the ways it takes."""
@@ -108,7 +143,9 @@ class Calibrated(Support):
             call = int(waiting.min())
             mine = (now == call).nonzero()[:, 0]
             found = self._calls[call].part(x[mine], t[mine], images, keep[mine])
-            again = (then[mine] != _NONE) & ~settled(found)
+            again = then[mine] != _NONE
+            if again.any():
+                again &= ~settled(found, x[mine], t[mine], self.directions)
             now[mine] = torch.where(again, then[mine], _NONE)
             keep[mine], then[mine] = keep_then[mine], _NONE
             parts.append(found.take(~again))
