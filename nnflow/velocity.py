@@ -163,7 +163,8 @@ class EmpiricalVelocity(Velocity):
 
         With `k` and `rank`, or `levels`, one ladder answers at every time. Otherwise the index must have
         been calibrated (`nnflow calibrate`), and each time is answered by the cheapest ladder whose 99th
-        percentile of the relative velocity error met `tolerance` there, or by the exact field.
+        percentile of the relative velocity error met `tolerance` there, on paths to stored images and to
+        images held out, or by the exact field.
 
         Args:
             index: the images, their coordinates, and the calibration.

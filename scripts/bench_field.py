@@ -23,12 +23,13 @@ from bench_main import paired, peak_allocated, reference, seconds
 from field_figures import Row, cost_against_error, error_against_time
 from torch import Tensor
 
-from nnflow import EmpiricalVelocity, NeighbourIndex
+from nnflow import EmpiricalVelocity, ImageStore, NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, format_bytes, parse_bytes
 from nnflow.path import interpolate
 
 TIMES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 0.9, 0.99)
 SEED = 1_000_003  # of the first time's queries; the default calibration's stay below 10^6
+OF_X1 = "efm-1000"
 PRODUCT_BYTES = 1 << 30  # images held as float32 by the plain products; more are scaled up to
 MEMORY_TIME = 0.05  # at which peak memory is taken: most images weigh there
 
@@ -70,7 +71,7 @@ def makers(index: NeighbourIndex, memory: int, device: str) -> dict[str, Callabl
         "top-1000": other(Top, k=1000),
         "faiss-100": own(nearest, index, k=100),
         "faiss-1000": own(nearest, index, k=1000),
-        "efm-1000": other(Draws, draws=1000, seed=0),
+        OF_X1: other(Draws, draws=1000, seed=0),
         "efm-1000-no-x1": other(Draws, draws=1000, seed=0, with_own=False),
         "deann": other(Deann, k=1000, draws=4000, seed=0, index=index),
         "deann-scan": other(Deann, k=1000, draws=4000, seed=0),
@@ -84,11 +85,11 @@ def makers(index: NeighbourIndex, memory: int, device: str) -> dict[str, Callabl
     }
 
 
-def path_queries(index: NeighbourIndex, count: int, t: Tensor, seed: int, device: str) -> Queries:
-    """Points on the paths from noise to `count` stored images, at times `t`."""
+def path_queries(store: ImageStore, count: int, t: Tensor, seed: int, device: str) -> Queries:
+    """Points on the paths from noise to `count` images of `store`, at times `t`."""
     generator = torch.Generator().manual_seed(seed)
-    own = torch.randint(len(index), (count,), generator=generator)
-    x1 = index.store.images(own)
+    own = torch.randint(len(store), (count,), generator=generator)
+    x1 = store.images(own)
     x0 = torch.randn(x1.shape, generator=generator)
     return interpolate(x0, x1, t).to(device), t.to(device), own.to(device)
 
@@ -158,7 +159,7 @@ def mean_cost(
     """Each method against the exact field on one batch with t ~ U[0, 1], neighbours in time."""
     batch, seed = options.batch, options.seed - 2
     t = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
-    queries = path_queries(index, batch, t, seed, options.device)
+    queries = path_queries(index.store, batch, t, seed, options.device)
     exact = partial(answers, methods["exact"], queries, batch)
     return {
         name: paired(exact, partial(answers, method, queries, batch), options.repeats)
@@ -187,7 +188,7 @@ def against_float64(exact: Answer, index: NeighbourIndex, options: argparse.Name
     """Worst relative error of the exact field itself, over 4 queries at each of three times."""
     worst, times = 0.0, options.times
     for t in (times[0], times[len(times) // 2], times[-1]):
-        queries = path_queries(index, 4, torch.full((4,), t), options.seed - 3, options.device)
+        queries = path_queries(index.store, 4, torch.full((4,), t), options.seed - 3, options.device)
         wanted = reference(index.store, queries[0].cpu(), t)
         worst = max(worst, relative(exact(*queries).flatten(1).cpu().double(), wanted).max().item())
     return worst
@@ -237,17 +238,18 @@ def run(options: argparse.Namespace, index: NeighbourIndex) -> tuple[dict[str, A
     names = ["exact", *(name for name in options.methods or make if name != "exact")]
     methods = {name: make[name]() for name in names}
     products = Products(index, options.batch, options.device)
+    store = index.store if options.held_out is None else ImageStore.open(options.held_out)
     rows: list[Row] = []
     ladders = {}
     for number, t in enumerate(options.times):
         times = torch.full((options.queries,), t)
-        queries = path_queries(index, options.queries, times, options.seed + number, options.device)
+        queries = path_queries(store, options.queries, times, options.seed + number, options.device)
         rows += measure(methods, queries, products, options.repeats)
         if "tolerance" in methods:
             ladders[rows[-1].t] = chosen_ladder(methods["tolerance"], queries)
         print(f"t = {t:g} done", file=sys.stderr, flush=True)
     times = torch.full((options.batch,), MEMORY_TIME)
-    queries = path_queries(index, options.batch, times, options.seed - 1, options.device)
+    queries = path_queries(index.store, options.batch, times, options.seed - 1, options.device)
     figures = {
         "n": len(index),
         "d": index.store.pixels.shape[1],
@@ -256,6 +258,7 @@ def run(options: argparse.Namespace, index: NeighbourIndex) -> tuple[dict[str, A
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
         "queries": options.queries,
+        "held_out": None if options.held_out is None else store.fingerprint,
         "batch": options.batch,
         "ladders": ladders,
         "peak_bytes": {name: peak_bytes(method, queries) for name, method in methods.items()},
@@ -277,6 +280,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing")
     parser.add_argument("--seed", type=int, default=SEED, help="of the first time's queries; then + 1 each")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="some of them; default: all")
+    parser.add_argument("--held-out", type=Path, help="errors on the paths to this index's images instead")
     parser.add_argument("--batch", type=int, default=128, help="queries asked together")
     parser.add_argument("--memory", type=parse_bytes, default=DEFAULT_BUDGET, help="such as 4GiB")
     parser.add_argument("--device", default="cpu")
@@ -290,6 +294,8 @@ def main() -> None:
             f"unknown methods {', '.join(sorted(unknown))}: wanted some of "
             f"{', '.join(makers(index, options.memory, options.device))}"
         )
+    if options.held_out is not None and OF_X1 in (options.methods or [OF_X1]):
+        parser.error(f"--held-out: {OF_X1} draws with x1, a stored image; name other --methods")
     figures, rows = run(options, index)
     size = f"n = {figures['n']:,}, d = {figures['d']:,}"
     print(f"\n{size}, threads = {figures['threads']}, torch {torch.__version__}")
@@ -299,7 +305,8 @@ def main() -> None:
             json.dumps(figures | {"rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         )
     if options.plot is not None:
-        about = f"{size}; {options.queries} queries on the paths of stored images at each time"
+        paths = "stored images" if options.held_out is None else "images held out"
+        about = f"{size}; {options.queries} queries on the paths of {paths} at each time"
         for name, draw in (("cost", cost_against_error), ("error", error_against_time)):
             draw(rows, options.plot.with_name(f"{options.plot.stem}-{name}.png"), about)
 
