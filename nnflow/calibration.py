@@ -40,12 +40,12 @@ def ways_of(ladder: str) -> tuple[str, ...]:
 
 
 def scan_of(way: str) -> str:
-    """What two ways have in common that weigh all images by the same coordinates: "512" of "512/300".
+    """What two ways have in common that weigh the same images by the same coordinates: "512" of "512/300".
 
     They differ in how many images go on to the pixels, and queries of both are scanned together (`planned`).
     """
-    match = re.fullmatch(r"(\d+)/\d+( alone)?", way)
-    return way if match is None else match[1] + (match[2] or "")
+    match = re.fullmatch(r"(\d+)/\d+((?: of \d+)?(?: alone)?)", way)
+    return way if match is None else match[1] + match[2]
 
 
 def calls_of(ladders: Iterable[str]) -> dict[str, tuple[str, bool]]:

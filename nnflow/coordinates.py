@@ -15,11 +15,12 @@ Axes:  B queries   n images   K images of one query   R coordinates kept   r of 
 
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from nnflow import integers
@@ -55,6 +56,7 @@ class Coordinates:
         self._squares: dict[int, Tensor] = {}
         self._widest: dict[int, float] = {}
         self._moved: dict[torch.device, Coordinates] = {}
+        self._samples: dict[int, Sample] = {}
         self._laid_out: LaidOut | None = None
 
     @property
@@ -84,6 +86,15 @@ class Coordinates:
             blocks = self.rows[:, :rank].split(_BLOCK_ROWS)
             self._squares[rank] = torch.cat([self.values(block).square_().sum(1) for block in blocks])
         return self._squares[rank]
+
+    def sample(self, count: int) -> "Sample":
+        """`count` of the images, a random one of each of as many stretches of equal length; drawn once."""
+        if count not in self._samples:
+            edges = torch.arange(count + 1) * len(self.rows) // count
+            draws = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            places = (edges[:-1] + (draws * edges.diff()).long()).to(self.rows.device)
+            self._samples[count] = Sample(places, Coordinates(self.rows[places], self.embedding))
+        return self._samples[count]
 
     def scanned(self, images: slice, budget: int) -> Rows:
         """Some images' bytes as a scan reads them: laid out if all are asked for and fit in `budget` bytes.
@@ -151,6 +162,19 @@ class Coordinates:
                 "index again"
             )
         return cls(torch.from_numpy(held), embedding)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the images, that stand for all.
+
+    Attributes:
+        places: which, ascending.
+        coordinates: theirs.
+    """
+
+    places: Int[Tensor, " m"]
+    coordinates: Coordinates
 
 
 def _steps(peaks: Float[Tensor, " R"]) -> Float[Tensor, " R"]:

@@ -2,11 +2,13 @@
 
 A level scans images in r coordinates: one product gives their logits (eq. 9), the residual Gaussian the rest
 (eq. 10). The best go on to the next level, at last to their pixels (`nearfield`); those left behind keep the
-mass and the mean they had, and all of it merges by eq. 4 (docs/field.md, section 10).
+mass and the mean they had, and all of it merges by eq. 4 (docs/field.md, section 10). Where a ladder has a
+sample, the first level scans those images alone, and what comes of them stands for all.
 
 Axes:  B queries   n images   K images passed on   r coordinates of a level   D = C*H*W
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from nnflow.coordinates import Coordinates
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.laidout import MOST_ROWS, Rows
@@ -48,6 +51,34 @@ class _Queries:
     c: Float[Tensor, "B D"]  # x - t mean
     y: Float[Tensor, "B R"]  # P c
     outside: Float[Tensor, " B"]  # |c|^2 - |y|^2, float64
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """The images of a scan: those summed over, or a sample of them.
+
+    Attributes:
+        coordinates: whose rows `images` are scanned.
+        places: which stored image each of those rows is; None: as they are.
+        total: images that they stand for.
+    """
+
+    coordinates: Coordinates
+    images: slice
+    places: Int[Tensor, " n"] | None
+    total: int
+
+    def __len__(self) -> int:
+        return self.images.stop - self.images.start
+
+    def ids(self, found: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+        """The stored images that were found at these places of the scan."""
+        return found + self.images.start if self.places is None else self.places[found]
+
+    @property
+    def log_share(self) -> float:
+        """The logarithm of how many images each stands for."""
+        return math.log(self.total / len(self))
 
 
 @dataclass(frozen=True)
@@ -105,15 +136,13 @@ class NearAndFar(Support):
     def _fitted(self, ladder: Ladder) -> Ladder:
         """Its ranks rounded up to where the coordinates may be cut; of equal ones the last stays."""
         cuts = {self.coordinates.edge(rank): keep for rank, keep in ladder.levels}
-        return Ladder(tuple(cuts.items()), ladder.far)
+        return replace(ladder, levels=tuple(cuts.items()))
 
     def without_far(self) -> "NearAndFar":
         """The same images in pixels, and nothing of the others."""
         if not self.ladder.far:
             return self
-        return NearAndFar(
-            self.index, self.rows, ladder=Ladder(self.ladder.levels, far=False), budget=self.budget
-        )
+        return NearAndFar(self.index, self.rows, ladder=replace(self.ladder, far=False), budget=self.budget)
 
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """Radius of the data about its mean, plus the way there."""
@@ -134,11 +163,11 @@ class NearAndFar(Support):
             images: the stored images to sum over.
             keep: of each query, images read in pixels; at most, and by default, those of the last level.
         """
-        count = images.stop - images.start
-        if count <= self.ladder.levels[-1][1] or self._every_coordinate:
+        if images.stop - images.start <= self.ladder.levels[-1][1] or self._every_coordinate:
             self._all = self._all or AllImages(self.rows, budget=self.budget)
             return self._all.part(x, t, images)
-        steps = pairwise(self.ladder.levels)
+        scanned = self._scanned(images)
+        count, steps = len(scanned), pairwise(self.ladder.levels)
         passed = sum(keep * rank for (_, keep), (rank, _) in steps)
         # A level's rows of bytes, once more for those whose mean is summed; the logits and their maxima, and
         # of a block the products they are made of.
@@ -147,24 +176,37 @@ class NearAndFar(Support):
         chunk = rows_within(self.budget, per_query, at_most=most, what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
         keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
-        found = Part.joined([self._climb(x[some], t[some], images, keep[some]) for some in places], places)
+        found = Part.joined([self._climb(x[some], t[some], scanned, keep[some]) for some in places], places)
         return replace(found, ladders=tuple(self.ladder.named(kept) for kept in keep.tolist()))
 
-    def _climb(self, x: Tensor, t: Tensor, images: slice, last: Int[Tensor, " B"]) -> Part:
+    def _scanned(self, images: slice) -> _Scanned:
+        """What the first level scans: of a class, and where it would not fit in memory, no sample."""
+        total, sample = images.stop - images.start, self.ladder.sample
+        whole = total == len(self.coordinates.rows)
+        if sample is None or not whole or sample >= total or sample * self.coordinates.rank > self.budget:
+            return _Scanned(self.coordinates, images, None, total)
+        drawn = self.coordinates.sample(sample)
+        return _Scanned(drawn.coordinates, slice(0, sample), drawn.places, total)
+
+    def _climb(self, x: Tensor, t: Tensor, scanned: _Scanned, last: Int[Tensor, " B"]) -> Part:
         queries = self._coordinates_of(x, t)
         levels, ids = [], None
         for rank, keep in self.ladder.levels:
             kept = last if rank == self.ladder.levels[-1][0] else torch.full_like(last, keep)
-            level = self._level(queries, ids, images, rank, kept)
+            level = self._level(queries, scanned if ids is None else ids, rank, kept)
             levels.append(level)
-            ids = level.places + images.start if ids is None else ids.gather(1, level.places)
+            ids = scanned.ids(level.places) if ids is None else ids.gather(1, level.places)
         assert ids is not None
         near, ids = self._near(queries, ids, levels[-1])
         if not self.ladder.far:
-            tail = torch.stack([self._log_tail(queries, level) for level in levels], 1).logsumexp(1)
-            return Part.summed(near, str(self.ladder), ids=ids, log_tail=tail)
+            tails = [self._log_tail(queries, level) for level in levels]
+            tails.append(self._log_most(queries, scanned.total - len(scanned)))
+            return Part.summed(near, str(self.ladder), ids=ids, log_tail=torch.stack(tails, 1).logsumexp(1))
         far = self._far(queries, [self._rest(queries, level, near) for level in levels])
-        return Part.summed(near.merge(far), str(self.ladder), ids=ids, log_far=far.log_mass)
+        found, share = near.merge(far), scanned.log_share
+        every = WeightedMean(found.log_mass + share, found.log_square + share, found.mean)
+        log_far = far.log_mass if share == 0 else _log_less(every.log_mass, near.log_mass)
+        return Part.summed(every, str(self.ladder), ids=ids, log_far=log_far)
 
     def _coordinates_of(self, x: Tensor, t: Tensor) -> _Queries:
         c = x - t[:, None] * self._embedding.mean
@@ -174,16 +216,16 @@ class NearAndFar(Support):
         return _Queries(x, t, c, y, outside.clamp_min(0))
 
     def _level(
-        self, queries: _Queries, ids: Tensor | None, images: slice, rank: int, kept: Int[Tensor, " B"]
+        self, queries: _Queries, images: _Scanned | Tensor, rank: int, kept: Int[Tensor, " B"]
     ) -> _Level:
-        """All images, or `ids` that a level passed on, by their first `rank` coordinates (eq. 9)."""
-        squares = self.coordinates.squares(rank)
+        """Those of a scan, or ids that a level passed on, by their first `rank` coordinates (eq. 9)."""
         rows: Rows | Tensor
-        if ids is None:
-            rows, squares = self.coordinates.scanned(images, self.budget), squares[images]
+        if isinstance(images, _Scanned):
+            rows = images.coordinates.scanned(images.images, self.budget)
+            squares = images.coordinates.squares(rank)[images.images]
         else:
-            picked = self.coordinates.rows[:, :rank].index_select(0, ids.flatten())
-            rows, squares = picked.view(*ids.shape, rank), squares[ids]
+            picked = self.coordinates.rows[:, :rank].index_select(0, images.flatten())
+            rows, squares = picked.view(*images.shape, rank), self.coordinates.squares(rank)[images]
         row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
         scores = scores_of(row, fall, rows, squares, self._buffer, fine=self.ladder.far)
         kept = kept.clamp_max(scores.values.shape[1])
@@ -235,8 +277,14 @@ class NearAndFar(Support):
         slack += 2**-20 * (time / noise * reach * (size + time * reach) + last.double().abs())
         nearest = (-2 * noise * (last.double() + slack) + size.square()).clamp_min(0).sqrt()
         nearest = (nearest - time * self.coordinates.rounding(rank)).clamp_min(0)
+        by_order = -0.5 * nearest.square() / noise + left.double().log()
+        return torch.minimum(by_order, self._log_most(queries, left))
+
+    def _log_most(self, queries: _Queries, count: Tensor | int) -> Float[Tensor, " B"]:
+        """Bound on the log-mass of `count` images of which nothing is known but the data's radius."""
+        time = queries.t.double()
         ball = (queries.c.double().norm(dim=1) - time * self._embedding.radius).clamp_min(0)
-        return -0.5 * torch.maximum(nearest, ball).square() / noise + left.double().log()
+        return -0.5 * (ball / (1 - time)).square() + torch.as_tensor(count).to(ball).log()
 
     def _far(self, queries: _Queries, rests: list[_Rest]) -> WeightedMean:
         """All levels' rests as one part: their coordinates are mixed, then made an image once."""
@@ -280,3 +328,8 @@ class NearAndFar(Support):
             torch.cat([part.log_square for part in parts])[order],
             torch.cat([part.mean for part in parts])[order],
         ), ids
+
+
+def _log_less(every: Float[Tensor, " B"], some: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The logarithm of a mass of which that of `some` is taken."""
+    return every + torch.log1p(-(some - every).exp())

@@ -2,11 +2,13 @@
 
 levels ((64, 3000), (512, 100)):  all images by 64 coordinates, the best 3,000 of them again by 512, the
 best 100 of those in pixels; what a level leaves behind stays with its weight there (the far field)
+
+Early in time, where a good part of all images share the mass, a sample of them stands for all.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nnflow.errors import InputError
 
@@ -18,10 +20,12 @@ class Ladder:
     Attributes:
         levels: (coordinates, images passed on), coarse to fine; the last pass theirs on to the pixels.
         far: whether images left behind stay in the sum.
+        sample: how many images, drawn once, stand for all; None: all.
     """
 
     levels: tuple[tuple[int, int], ...]
     far: bool = True
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         ranks = [rank for rank, _ in self.levels]
@@ -34,6 +38,8 @@ class Ladder:
             raise InputError(
                 f"levels {self.levels}: wanted more coordinates and fewer images from one level to the next"
             )
+        if self.sample is not None and self.sample <= max(keeps):
+            raise InputError(f"a sample of {self.sample} images: wanted more than the {max(keeps)} passed on")
 
     @classmethod
     def of(cls, levels: Sequence[tuple[int, int]]) -> "Ladder":
@@ -46,22 +52,30 @@ class Ladder:
 
     @classmethod
     def parse(cls, name: str) -> "Ladder":
-        """The ladder that `str` calls `name`: "64/3000 512/100", "64/16 alone".
+        """The ladder that `str` calls `name`: "64/3000 512/100", "64/16 alone", "512/30 of 65536".
 
         Raises:
             InputError: no such name.
         """
-        match = re.fullmatch(r"(\d{1,6}/\d{1,9}(?: \d{1,6}/\d{1,9})*)( alone)?", name)
+        levels = r"(\d{1,6}/\d{1,9}(?: \d{1,6}/\d{1,9})*)"
+        match = re.fullmatch(levels + r"(?: of (\d{1,9}))?( alone)?", name)
         if match is None:
-            raise InputError(f"ladder {name!r}: wanted a name such as '64/3000 512/100' or '64/16 alone'")
+            raise InputError(
+                f"ladder {name!r}: wanted a name such as '64/3000 512/100', '64/16 alone', '512/30 of 65536'"
+            )
         pairs = [level.split("/") for level in match[1].split()]
-        return cls(tuple((int(rank), int(keep)) for rank, keep in pairs), match[2] is None)
+        return cls(
+            tuple((int(rank), int(keep)) for rank, keep in pairs),
+            match[3] is None,
+            None if match[2] is None else int(match[2]),
+        )
 
     def named(self, keep: int) -> str:
         """What it is called where the last level passes on `keep` images."""
         rank, _ = self.levels[-1]
-        return str(Ladder((*self.levels[:-1], (rank, keep)), self.far))
+        return str(replace(self, levels=(*self.levels[:-1], (rank, keep))))
 
     def __str__(self) -> str:
         text = " ".join(f"{rank}/{keep}" for rank, keep in self.levels)
-        return text if self.far else f"{text} alone"
+        sample = "" if self.sample is None else f" of {self.sample}"
+        return text + sample + ("" if self.far else " alone")

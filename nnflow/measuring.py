@@ -29,6 +29,9 @@ LADDERS = (
     *("512/300 alone", "64/30", "64/100", "128/30", "128/100", "128/300", "256/30", "256/100", "256/300"),
     *("512/30", "512/100", "512/300", "512/500", "64/1000 512/100", "128/3000 512/100", "256/1000 512/300"),
     *("512/1000", "512/2000", "512/4000", "1024/300", "1024/1000", "1024/2000", "1024/4000"),
+    *(f"{ladder} of {1 << 16}" for ladder in ("512/30", "512/100", "1024/300")),
+    *(f"{ladder} of {1 << 18}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
+    *(f"{ladder} of {1 << 20}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
 )
 # Besides, what the index finds by itself where it need not compare all images.
 SEARCHES = ("index/8", "index/32", "index/100")
@@ -149,4 +152,5 @@ def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
     """Whether a ladder is not the exact field under another name, nor another ladder under a second."""
     ranks = [rank for rank, _ in ladder.levels]
     known = all(index.coordinates.edge(rank) == rank for rank in ranks)
-    return known and ranks[0] < dim and ladder.levels[0][1] < count
+    fewer = ladder.sample is None or 2 * ladder.sample <= count
+    return known and fewer and ranks[0] < dim and ladder.levels[0][1] < count

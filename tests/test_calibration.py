@@ -326,6 +326,19 @@ def test_what_lies_beside_a_time() -> None:
     assert calibrating._beside(0.3, {0.4: 0}) == [0.4]
 
 
+def test_samples_are_tried_of_at_least_twice_as_many(
+    index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = len(index) // 2
+    names = ("64/9", f"64/9 of {half}", f"64/9 of {half + 1}")
+    monkeypatch.setattr(measuring, "LADDERS", names)
+    bench = measuring.Bench(index, None, 1 << 26, 0)
+    assert list(bench.ways) == list(names[:2])
+    asked = bench.ask(0.02, 40, 0.0)[0]
+    every, drawn = (bench.answered(bench.ways[name], asked, 0.0).errors.median() for name in bench.ways)
+    assert 3 * every < drawn < 0.1
+
+
 def test_a_small_set_is_the_exact_field(tmp_path: Path) -> None:
     """Nothing to save: every ladder would read all there is."""
     store = store_of(smooth(6), tmp_path)

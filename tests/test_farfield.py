@@ -1,10 +1,11 @@
 """Near + far against the mixture it stands for, written out with full covariances in float64."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from contract import DEVICE, FieldContract, all_images, oracle, pixels_of, queries
+from contract import DEVICE, FieldContract, all_images, moved, oracle, pixels_of, queries
 from peaks import peak_of
 from stores import store_of
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch.distributions import MultivariateNormal
 
 from nnflow import integers
 from nnflow.errors import InputError
+from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.memory import parse_bytes
 from nnflow.store import ImageStore
+from nnflow.support import Part
 from nnflow.velocity import EmpiricalVelocity
 
 
@@ -74,6 +77,11 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> NeighbourIndex:
 
 def field_of(index: NeighbourIndex, levels: list[tuple[int, int]]) -> EmpiricalVelocity:
     return EmpiricalVelocity.near_and_far(index, levels=levels, device="cpu")
+
+
+def sampled(index: NeighbourIndex, name: str) -> NearAndFar:
+    """The sum by a ladder of this name."""
+    return NearAndFar(index, index.store.rows(DEVICE), ladder=Ladder.parse(name), budget=1 << 26)
 
 
 def mixture_velocity(
@@ -137,6 +145,71 @@ def test_velocity_is_that_of_the_blurred_mixture(
         if time < 0.2:
             plain = oracle(images[left], x[row : row + 1], t[:1]).flatten()
             assert (plain - wanted).norm() / wanted.norm() > 0.02, "no far field to speak of: proves nothing"
+
+
+def part_of(support: NearAndFar, x: Tensor, t: Tensor, images: slice) -> Part:
+    """What a support says of queries, wherever it lives."""
+    return moved(support.part(moved(x.flatten(1), DEVICE), moved(t, DEVICE), images), x.device)
+
+
+@pytest.mark.parametrize("time", [0.02, 0.1, 0.25])
+def test_a_sample_stands_for_all(index: NeighbourIndex, time: float) -> None:
+    """What comes is the field of the images drawn."""
+    drawn = index.coordinates.sample(120).places
+    x, t = queries(index.store, time, count=6)
+    part = part_of(sampled(index, "64/30 of 120"), x, t, slice(0, N))
+    held = index.coordinates.values(index.coordinates.rows).double()
+    y = (x.flatten(1).double() - time * index.embedding.mean) @ index.embedding.principal.double().T
+    for row in range(len(x)):
+        order = (y[row] - time * held[drawn]).square().sum(1).argsort()
+        near, far = drawn[order[:30]], drawn[order[30:]]
+        wanted = mixture_velocity(index, x[row], time, near, {64: far})
+        found = (part.weighted.mean[row].double() - x[row].flatten()) / (1 - time)
+        assert (found - wanted).norm() / wanted.norm() < 4e-3
+        assert set(part.ids[row].tolist()) - {-1} <= set(near.tolist())
+    assert set(part.ladders) == {"64/30 of 120"}
+
+
+def test_each_of_a_sample_is_so_much_heavier(index: NeighbourIndex) -> None:
+    """Mass, effective sample size, and what was estimated: all but the images read in pixels themselves."""
+    drawn, time = index.coordinates.sample(120).places, 0.06
+    x, t = queries(index.store, time, count=20)
+    part = part_of(sampled(index, "64/30 of 120"), x, t, slice(0, N))
+    images = all_images(index.store)[drawn]
+    logits = -(x.flatten(1).double()[:, None] - time * images).square().sum(2) / (2 * (1 - time) ** 2)
+    mass, weights = logits.logsumexp(1) + math.log(N / 120), logits.softmax(1)
+    torch.testing.assert_close(part.weighted.log_mass, mass, rtol=0, atol=0.05)
+    torch.testing.assert_close(part.weighted.ess, N / 120 / weights.square().sum(1), rtol=0.05, atol=0)
+    inside = (part.ids[:, :, None] == drawn).double() @ weights[:, :, None]
+    share = 1 - inside.sum((1, 2)) / (N / 120)
+    torch.testing.assert_close((part.log_far - part.weighted.log_mass).exp(), share, rtol=0.05, atol=1e-3)
+
+
+def test_a_sample_is_one_image_of_each_stretch(index: NeighbourIndex) -> None:
+    places = index.coordinates.sample(50).places
+    assert torch.equal(places // 4, torch.arange(50))
+    assert len((places % 4).unique()) == 4, "regular steps meet the same classes, or copies, again and again"
+    assert torch.equal(index.coordinates.sample(50).coordinates.rows, index.coordinates.rows[places])
+    assert index.coordinates.sample(150).places.unique().numel() == 150
+
+
+def test_of_a_class_and_of_few_images_all_are_asked(index: NeighbourIndex) -> None:
+    x, t = queries(index.store, 0.1, count=5)
+    some = slice(20, 120)
+    for name, images in (("64/9 of 90", some), ("64/9 of 200", slice(0, N))):
+        found, wanted = (part_of(sampled(index, way), x, t, images) for way in (name, "64/9"))
+        torch.testing.assert_close(found.weighted.mean, wanted.weighted.mean)
+        torch.testing.assert_close(found.log_far, wanted.log_far)
+
+
+@pytest.mark.parametrize("time", [0.05, 0.6, 0.9])
+def test_the_certificate_knows_of_those_not_drawn(index: NeighbourIndex, time: float) -> None:
+    x, t = queries(index.store, time, count=40)
+    field = EmpiricalVelocity(sampled(index, "64/30 of 120 alone"), index.store)
+    estimate = field.estimate(x, t)
+    error = (estimate.velocity - oracle(all_images(index.store), x, t)).flatten(1).norm(dim=1)
+    assert (error <= estimate.bound + 1e-5 / (1 - time)).all()
+    assert time < 0.5 or error.max() > 1, "nobody's own image was left out: proves nothing"
 
 
 @pytest.mark.parametrize("time", [0.005, 0.05, 0.15, 0.3, 0.6, 0.95])
@@ -286,7 +359,9 @@ def test_off_every_path_the_order_of_candidates_is_still_found(index: NeighbourI
 
 
 class TestLadder:
-    @pytest.mark.parametrize("name", ["512/100", "64/3000 512/100", "32/8 alone"])
+    @pytest.mark.parametrize(
+        "name", ["512/100", "64/3000 512/100", "32/8 alone", "512/30 of 65536", "32/90 64/3 of 100 alone"]
+    )
     def test_names_are_read_back(self, name: str) -> None:
         assert str(Ladder.parse(name)) == name
 
@@ -299,9 +374,13 @@ class TestLadder:
             Ladder.of(levels)
 
     def test_what_is_no_name(self) -> None:
-        for name in ("", "512", "512/100 only", "a/b", "512/100\n"):
+        for name in ("", "512", "512/100 only", "a/b", "512/100\n", "512/100 alone of 300", "512/30 of"):
             with pytest.raises(InputError, match="ladder"):
                 Ladder.parse(name)
+
+    def test_a_sample_no_larger_than_what_is_passed_on(self) -> None:
+        with pytest.raises(InputError, match="sample of 100 images: wanted more than the 100"):
+            Ladder.parse("512/100 of 100")
 
     def test_a_tolerance_beside_a_ladder(self, index: NeighbourIndex) -> None:
         for settings in (
