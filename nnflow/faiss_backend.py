@@ -5,7 +5,7 @@ faiss answers what it cannot do with a RuntimeError of its own words: here they 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -193,20 +193,37 @@ def search_within(vectors: Any, queries: Any, k: int, rows: slice) -> tuple[Any,
     return found
 
 
+def search_lists(vectors: Any, queries: Any, k: int, lists: int) -> tuple[Any, Any]:
+    """Squared distances and ids of the `k` nearest in the `lists` inverted lists nearest to each query."""
+    nearest = faiss.SearchParametersIVF(nprobe=lists)  # type: ignore[call-arg]
+    found: tuple[Any, Any] = vectors.search(queries, k, params=_asking(vectors, lambda _: nearest))
+    return found
+
+
 def _within(vectors: Any, rows: slice) -> Any:
-    inner, selector = faiss.downcast_index(vectors), faiss.IDSelectorRange(rows.start, rows.stop)
+    selector = faiss.IDSelectorRange(rows.start, rows.stop)
+
+    def innermost(inner: Any) -> Any:
+        if isinstance(inner, faiss.IndexIVF):
+            # all lists: those nearest to the query may hold no image of the slice
+            return faiss.SearchParametersIVF(sel=selector, nprobe=inner.nlist)  # type: ignore[call-arg]
+        return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+
+    return _asking(vectors, innermost)
+
+
+def _asking(vectors: Any, innermost: Callable[[Any], Any]) -> Any:
+    """What asks an index for what its innermost is asked by `innermost`."""
+    inner = faiss.downcast_index(vectors)
     if isinstance(inner, faiss.IndexPreTransform):
-        below = _within(inner.index, rows)
+        below = _asking(inner.index, innermost)
         return faiss.SearchParametersPreTransform(index_params=below)  # type: ignore[call-arg]
     if isinstance(inner, faiss.IndexRefine):
-        below, more = _within(inner.base_index, rows), inner.k_factor
+        below, more = _asking(inner.base_index, innermost), inner.k_factor
         return faiss.IndexRefineSearchParameters(  # type: ignore[call-arg]
             k_factor=more, base_index_params=below
         )
-    if isinstance(inner, faiss.IndexIVF):
-        # all lists: those nearest to the query may hold no image of the slice
-        return faiss.SearchParametersIVF(sel=selector, nprobe=inner.nlist)  # type: ignore[call-arg]
-    return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+    return innermost(inner)
 
 
 def write_index(vectors: Any, path: Path) -> None:
@@ -304,6 +321,7 @@ __all__ = [
     "read_index",
     "remembers_additions",
     "reserve",
+    "search_lists",
     "search_within",
     "write_index",
 ]

@@ -29,6 +29,7 @@ from nnflow.faiss_backend import (
     faiss,
     on_all_gpus,
     open_index,
+    search_lists,
     search_within,
 )
 from nnflow.files import folder_lock, shown
@@ -232,8 +233,13 @@ class NeighbourIndex:
         order = distances.argsort(dim=1, stable=True)
         return ids.gather(1, order), distances.gather(1, order)
 
-    def candidates(self, x: Float[Tensor, "B D"], k: int, rows: slice | None = None) -> Candidates:
+    def candidates(
+        self, x: Float[Tensor, "B D"], k: int, rows: slice | None = None, *, lists: int | None = None
+    ) -> Candidates:
         """Ids of the `k` images nearest to `x` in the coordinates, among `rows` of the store.
+
+        An index with inverted lists looks into `lists` of them, or as many as were measured to be enough;
+        into all for a slice, and into no fewer on a GPU.
 
         Raises:
             InputError: k below 1, or above 2,048 on a GPU.
@@ -246,6 +252,8 @@ class NeighbourIndex:
             queries = np.ascontiguousarray(coordinates.numpy())
             if rows is not None:  # faiss' GPU indexes would ignore the slice
                 found, places = search_within(self._vectors, queries, k, rows)
+            elif lists is not None and self._on_gpu is None:
+                found, places = search_lists(self._vectors, queries, k, lists)
             else:
                 found, places = (self._on_gpu or self._vectors).search(queries, k)
             squares, ids = torch.from_numpy(found[:, -1]).double(), torch.from_numpy(places)

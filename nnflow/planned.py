@@ -155,13 +155,15 @@ class Calibrated(Support):
 
 
 def support_of(name: str, index: NeighbourIndex, rows: PixelRows, budget: int) -> Support:
-    """The way to sum that a calibration calls `name`: "exact", "index/32" or what a `Ladder` is called.
+    """The way to sum of this name: "exact", "index/32", "index/8 in 2 lists" or what a `Ladder` is called.
 
     Raises:
         InputError: no such name.
     """
     if name == EXACT:
         return AllImages(rows, budget=budget)
-    if searched := re.fullmatch(r"index/(\d{1,6})", name):
-        return NearestImages(index, rows, k=int(searched[1]), budget=budget)
+    if searched := re.fullmatch(r"index/(\d{1,6})(?: in (\d{1,6}) lists)?", name):
+        k, lists = (None if number is None else int(number) for number in searched.groups())
+        assert k is not None
+        return NearestImages(index, rows, k=k, lists=lists, budget=budget)
     return NearAndFar(index, rows, ladder=Ladder.parse(name), budget=budget)

@@ -27,7 +27,10 @@ from nnflow.weighted import WeightedMean
 
 _STRIDE = 16  # images that share a maximum while the largest logits are sought
 _MOST_MADE = 1 << 20  # products of a block that are made at once: 4 MB
-FAINTEST = -115.0  # bits: 1e-35. From 2^-126 down weights are denormal, and products with them slow
+# Logits that one pass after another goes over, 1 MB: 8 queries of 32,768 images take 15 us to add to, 45 to
+# take the exponential of; 29 take 140 and 279 (2 cores, 2 MB of cache each).
+_IN_CACHE = 1 << 18
+FAINTEST = -60.0  # bits: 1e-18. The square of less than 2^-63 is denormal, and sums with those slow
 BITS = 1 / math.log(2)  # exp2 takes 0.19 ms for 1,600,000 values, exp 0.49
 _FINEST = integers.LEVELS  # steps of a weight
 HEAD = (
@@ -153,31 +156,35 @@ def scores_of(
     widths = [(images.stop - images.start) // _STRIDE for images in blocks]
     values = buffer.take("logits", (len(row), count), row)
     maxima = buffer.take("maxima", (len(row), sum(widths)), row)
+    size = rows.block_rows(len(row))
     groups = [
-        (mine, [(rows.products(part.bytes[mine]), part.unit[mine, None]) for part in digits])
-        for mine in _groups(len(row), rows)
+        (mine, [rows.products(part.bytes[mine]) for part in digits])
+        for mine in _groups(len(row), size, _MOST_MADE)
     ]
     first, step = [], []
     for images, width, place in zip(blocks, widths, accumulate(widths, initial=0), strict=False):
         for mine, products in groups:
-            some = torch.mul(squares[images], fall[mine], out=values[mine, images])
-            for multiplied, unit in products:
-                some.addcmul_(multiplied(images), unit)
-        whole = values[:, images.start : images.start + _STRIDE * width].unflatten(1, (_STRIDE, width))
-        torch.amax(whole, 1, out=maxima[:, place : place + width])
+            made = [multiplied(images) for multiplied in products]
+            for few in _groups(mine.stop - mine.start, size, _IN_CACHE):
+                here = slice(mine.start + few.start, mine.start + few.stop)
+                some = torch.mul(squares[images], fall[here], out=values[here, images])
+                for part, multiplied in zip(digits, made, strict=True):
+                    some.addcmul_(multiplied[few], part.unit[here, None])
+                whole = some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width))
+                torch.amax(whole, 1, out=maxima[here, place : place + width])
         first.append(torch.arange(images.start, images.start + width, device=row.device))
         step.append(torch.full_like(first[-1], width))
     tail = torch.arange(count - count % _STRIDE, count, device=row.device)
     return Scores(values, maxima, torch.cat(first), torch.cat(step), tail, digits[-1].unit)
 
 
-def _groups(queries: int, rows: Rows) -> list[slice]:
-    """Queries multiplied together, about as many in each: so few that their products with a block are small.
+def _groups(queries: int, images: int, most: int) -> list[slice]:
+    """Queries taken together, about as many in each: so few that with a block of images they make no more.
 
-    Large ones are memory that the system gives anew: 103 queries of one digit in 64 coordinates and 131,072
-    images take 23 ms at once, 10 in four groups.
+    Large products are memory that the system gives anew: 103 queries of one digit in 64 coordinates and
+    131,072 images take 23 ms at once, 10 in four groups.
     """
-    count = -(-queries * rows.block_rows(queries) // _MOST_MADE)
+    count = max(1, -(-queries * images // most))
     edges = [queries * place // count for place in range(count + 1)]
     return [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
 
@@ -226,12 +233,13 @@ def weighted(
     total = torch.zeros(len(asked), rank, device=scores.device)
     whole_row = [slice(0, scores.shape[1])]
     for images in whole_row if isinstance(rows, Tensor) else rows.blocks(len(asked)):
-        held = buffer.take("weights", (len(asked), images.stop - images.start), scores)
-        weights = _weights(_of(scores[:, images], asked), top, out=held)
-        mass += weights.sum(1)
-        square += torch.linalg.vector_norm(weights, dim=1).square()
-        whole = _dithered(weights, images.start)
-        count += whole.sum(1)
+        width = images.stop - images.start
+        whole = buffer.take("weights", (len(asked), width), scores)
+        for few in _groups(len(asked), width, _IN_CACHE):
+            weights = _weights(_of(scores[:, images], asked, few), top[few], out=whole[few])
+            mass[few] += weights.sum(1)
+            square[few] += torch.linalg.vector_norm(weights, dim=1).square()
+            count[few] += _dithered(weights, images.start).sum(1)
         if isinstance(rows, Tensor):
             total += integers.own_sums(whole[:, None], rows[asked, :, :rank])[:, 0]
         else:
@@ -262,11 +270,12 @@ def _dither(device: torch.device) -> Float[Tensor, " m"]:
 def _blocks(scores: Float[Tensor, "B n"], asked: Int[Tensor, " b"]) -> Iterator[Float[Tensor, "b m"]]:
     """Blocks of the scores of some queries: never a copy of all."""
     for some in scores.split(block_rows(len(asked)), 1):
-        yield _of(some, asked)
+        yield _of(some, asked, slice(None))
 
 
-def _of(scores: Float[Tensor, "B m"], asked: Int[Tensor, " b"]) -> Float[Tensor, "b m"]:
-    return scores if len(asked) == len(scores) else scores.index_select(0, asked)
+def _of(scores: Float[Tensor, "B m"], asked: Int[Tensor, " b"], few: slice) -> Float[Tensor, "f m"]:
+    """Those of `few` of the queries asked; a view where all are asked."""
+    return scores[few] if len(asked) == len(scores) else scores.index_select(0, asked[few])
 
 
 def _logs(mass: Tensor, square: Tensor, top: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:

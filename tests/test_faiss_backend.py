@@ -11,7 +11,15 @@ from refusals import refused
 
 from nnflow import faiss_backend
 from nnflow.errors import InputError, MissingExtraError, StoreError
-from nnflow.faiss_backend import check_faiss, faiss, lists_of, make_index, on_all_gpus, search_within
+from nnflow.faiss_backend import (
+    check_faiss,
+    faiss,
+    lists_of,
+    make_index,
+    on_all_gpus,
+    search_lists,
+    search_within,
+)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -131,6 +139,21 @@ def test_kinds_that_cannot_keep_to_a_slice_say_so(kind: str) -> None:
     index, points = vectors(kind)
     with refused(InputError, "cannot search within one class; build the index with kind flat"):
         search_within(index, points[:5], 5, slice(120, 200))
+
+
+@pytest.mark.parametrize(
+    "kind", ["ivf", "IVF4,SQfp16", "PCA8,IVF4,Flat", "OPQ8,IVF4,PQ4x4", "IVF4,PQ4x4,RFlat"]
+)
+def test_a_search_of_some_lists_is_one_of_so_many_probes(kind: str) -> None:
+    index, points = vectors(kind)
+    lists = lists_of(index)
+    before, lists.nprobe = lists.nprobe, 2
+    wanted = index.search(points[:50], 5)
+    lists.nprobe = lists.nlist
+    _, found = search_lists(index, points[:50], 5, 2)
+    assert (found == wanted[1]).all()
+    assert (found != index.search(points[:50], 5)[1]).any()
+    assert lists.nprobe == lists.nlist != before
 
 
 def test_without_a_gpu_nothing_moves() -> None:

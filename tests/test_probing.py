@@ -1,15 +1,18 @@
 """How many lists are searched: recall against a sort in float64; which kind suits how many images."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from contract import all_images
 from stores import store_of
+from torch import Tensor
 
 from nnflow import calibrating, measuring, probing
 from nnflow.calibrating import calibrate
 from nnflow.errors import InputError
-from nnflow.faiss_backend import Choice, choose_kind, lists_of, make_index
+from nnflow.faiss_backend import Choice, choose_kind, lists_of, make_index, search_lists
 from nnflow.index import NeighbourIndex
 from nnflow.memory import parse_bytes
 from nnflow.pixels import PixelRows
@@ -18,6 +21,7 @@ from nnflow.probing import Probing, set_probes
 from nnflow.store import ImageStore
 
 N, LISTS = 900, 23
+WHOLE = slice(0, N)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,59 @@ def test_what_the_index_finds_by_itself_is_calibrated(
     assert found.part(x, t, slice(0, N)).ladders == ("index/8",) * 5
 
 
-@pytest.mark.parametrize("name", ["index/", "index/x", "index/8/8", "nearest/8"])
+def homes(index: NeighbourIndex) -> tuple[Tensor, Tensor]:
+    """Centres of the lists, float64, and which of them each image is nearest to."""
+    inner = lists_of(index._vectors)
+    centres = torch.from_numpy(inner.quantizer.reconstruct_n(0, inner.nlist)).double()
+    coordinates = index.embedding(all_images(index.store).float()).double()
+    return centres, torch.cdist(coordinates, centres).argmin(1)
+
+
+@pytest.mark.parametrize("lists", [1, 2, 8])
+def test_a_search_of_few_lists_finds_what_is_in_them(index: NeighbourIndex, lists: int) -> None:
+    centres, home = homes(index)
+    x = index.store.images(torch.arange(0, N, 9)).flatten(1)
+    x += 2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    name = f"index/6 in {lists} lists"
+    part = support_of(name, index, index.store.rows(), 1 << 28).part(x, torch.full((len(x),), 0.9), WHOLE)
+    nearest = torch.cdist(index.embedding(x / 0.9).double(), centres).topk(lists, largest=False).indices
+    inside = (home[part.ids.clamp_min(0)][:, :, None] == nearest[:, None]).any(2) | (part.ids < 0)
+    assert inside.all()
+    assert part.ladders == (name,) * len(x)
+    assert part.log_tail.isposinf().all()
+    whole = support_of("index/6", index, index.store.rows(), 1 << 28)
+    assert (whole.part(x, torch.full((len(x),), 0.9), WHOLE).ids != part.ids).any(), "all lists were searched"
+
+
+def test_where_few_lists_are_empty_more_are_searched(
+    index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = index.store.images(torch.arange(40)).flatten(1), torch.full((40,), 0.9)
+    wanted = support_of("index/6", index, index.store.rows(), 1 << 28).part(x, t, WHOLE).ids
+
+    def lost(vectors: Any, queries: np.ndarray, k: int, lists: int) -> tuple[np.ndarray, np.ndarray]:
+        squares, ids = search_lists(vectors, queries, k, lists)
+        ids[::3] = -1
+        return squares, ids
+
+    few = support_of("index/6 in 2 lists", index, index.store.rows(), 1 << 28)
+    found = few.part(x, t, WHOLE).ids
+    monkeypatch.setattr("nnflow.index.search_lists", lost)
+    again = few.part(x, t, WHOLE).ids
+    assert torch.equal(again[::3], wanted[::3])
+    assert torch.equal(again[1::3], found[1::3])
+
+
+def test_no_more_lists_are_tried_than_are_searched_anyway(
+    index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for probes, wanted in ((16, measuring.SEARCHES), (8, ("index/8 in 2 lists", *measuring.SEARCHES[2:]))):
+        monkeypatch.setitem(index.manifest["probing"], "probes", probes)
+        ways = measuring.Bench(index, None, 1 << 28, 0).ways
+        assert [name for name in ways if name.startswith("index")] == list(wanted)
+
+
+@pytest.mark.parametrize("name", ["index/", "index/x", "index/8/8", "nearest/8", "index/8 in lists"])
 def test_no_such_way(index: NeighbourIndex, name: str) -> None:
     with pytest.raises(InputError, match="ladder"):
         support_of(name, index, PixelRows(index.store.pixels), 1 << 28)
