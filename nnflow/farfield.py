@@ -177,7 +177,9 @@ class NearAndFar(Support):
         places = torch.arange(len(x), device=x.device).split(chunk)
         keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
         found = Part.joined([self._climb(x[some], t[some], scanned, keep[some]) for some in places], places)
-        return replace(found, ladders=tuple(self.ladder.named(kept) for kept in keep.tolist()))
+        kept = keep.tolist()
+        names = {number: self.ladder.named(number) for number in set(kept)}
+        return replace(found, ladders=tuple(names[number] for number in kept))
 
     def _scanned(self, images: slice) -> _Scanned:
         """What the first level scans: of a class, and where it would not fit in memory, no sample."""

@@ -26,6 +26,7 @@ from nnflow.support import Part, Support
 _NONE = -1  # no way left to be asked
 _SETTLED = 1.02  # ESS of two images that hold 99 % and 1 %
 _LOOKED_AT = 64  # principal directions in which the noise is looked at: most of the images' variance
+_OUTWEIGHED = 20.0  # logarithm of a mass that is 2e-9 of the other's
 _LIKELY = 3.09  # standard deviations, of a normal variable: one query of the path in 1,000 is asked again
 
 
@@ -135,17 +136,35 @@ class Calibrated(Support):
 
     def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
         """The sum for queries `x` at times `t`, those of one way together."""
+        return self._part(x, t, images, torch.arange(len(x), device=x.device))
+
+    def pairs(
+        self, x: Float[Tensor, "B D"], others: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice
+    ) -> Part:
+        """As `part`; a query whose like has settled, and outweighs it, is not asked again.
+
+        What outweighed the like in turn would explain its query as well, and stand out as clearly.
+        """
+        places = torch.arange(2 * len(x), device=x.device)
+        return self._part(torch.cat([x, others]), t.repeat(2), images, places.roll(len(x)))
+
+    def _part(self, x: Tensor, t: Tensor, images: slice, like: Int[Tensor, " B"]) -> Part:
+        """The sums; the query at place `like` of each is merged with it."""
         stretch = torch.bucketize(t, self._edges, right=True)
         now, then = (turn.clone() for turn in self._turns[stretch].unbind(1))
         keep, keep_then = (turn.clone() for turn in self._keeps[stretch].unbind(1))
         parts, rows = [], []
+        settled_mass, mass = (torch.full_like(t, -torch.inf, dtype=torch.float64) for _ in range(2))
         while len(waiting := now[now != _NONE]):
             call = int(waiting.min())
             mine = (now == call).nonzero()[:, 0]
             found = self._calls[call].part(x[mine], t[mine], images, keep[mine])
             again = then[mine] != _NONE
             if again.any():
-                again &= ~settled(found, x[mine], t[mine], self.directions)
+                alone = settled(found, x[mine], t[mine], self.directions)
+                mass[mine] = found.weighted.log_mass
+                settled_mass[mine] = mass[mine].masked_fill(~alone, -torch.inf)
+                again &= ~(alone | (mass[mine] < settled_mass[like[mine]] - _OUTWEIGHED))
             now[mine] = torch.where(again, then[mine], _NONE)
             keep[mine], then[mine] = keep_then[mine], _NONE
             parts.append(found.take(~again))

@@ -131,6 +131,12 @@ class Support(ABC):
     def part(self, x: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice) -> Part:
         """The sum for queries `x` at times `t` in [0, 1), over the stored images `images`."""
 
+    def pairs(
+        self, x: Float[Tensor, "B D"], others: Float[Tensor, "B D"], t: Float[Tensor, " B"], images: slice
+    ) -> Part:
+        """As `part`, for `x` and then for `others`, each of which will be merged with its like in `x`."""
+        return self.part(torch.cat([x, others]), t.repeat(2), images)
+
     @abstractmethod
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """Upper bound on the distance from `mean` to the furthest stored image, float64."""

@@ -219,10 +219,7 @@ class EmpiricalVelocity(Velocity):
         times = self._checked(x, t)
         self.store.check_unchanged()
         flat = x.flatten(1)
-        part = self._over_classes(flat, times, label)
-        if self.flip:
-            part = self._with_mirror(part, self._over_classes(self._mirror(flat), times, label))
-        return self._estimate(part, x, times)
+        return self._estimate(self._over_classes(flat, times, label), x, times)
 
     def mean(self, x: Tensor, t: Tensor | float, label: Tensor | int | None = None) -> Tensor:
         """Posterior mean E[x1 | x_t = x], (B, C, H, W)."""
@@ -294,11 +291,15 @@ class EmpiricalVelocity(Velocity):
         groups = self._groups(label, len(x))
         if not len(x):  # nothing to divide into blocks, nor to join
             return Part.summed(WeightedMean.empty(x), "exact", ids=0)
-        parts = [self.support.part(x[rows], t[rows], images) for rows, images in groups]
+        asked = self._with_mirror if self.flip else self.support.part
+        parts = [asked(x[rows], t[rows], images) for rows, images in groups]
         return parts[0] if label is None else Part.joined(parts, [rows for rows, _ in groups])
 
-    def _with_mirror(self, part: Part, other: Part) -> Part:
-        """Adds the mirror images: flip(x_i).q = x_i.flip(q), so `other` was asked for the mirrored x."""
+    def _with_mirror(self, x: Tensor, t: Tensor, images: slice) -> Part:
+        """The mirror images too: flip(x_i).q = x_i.flip(q), so the mirrored x is asked for."""
+        found = self.support.pairs(x, self._mirror(x), t, images)
+        second = torch.arange(2 * len(x), device=x.device) >= len(x)
+        part, other = found.take(~second), found.take(second)
         mirrored = replace(other.weighted, mean=self._mirror(other.weighted.mean))
         theirs = torch.where(other.ids < 0, -1, other.ids + len(self.store))
         return Part(

@@ -35,7 +35,8 @@ class Fake(Support):
     def part(self, x: Tensor, t: Tensor, images: slice) -> Part:
         self.asked.append(x[:, 0].tolist())
         ess = torch.where(x[:, 0] < self.limit, 1.0199, 1.0201).double()
-        weighted = WeightedMean(torch.zeros(len(x)).double(), -ess.log(), torch.full_like(x, self.number))
+        mass = x[:, 2].double() if x[:, 2].min() < 0 else torch.zeros(len(x)).double()
+        weighted = WeightedMean(mass, 2 * mass - ess.log(), torch.full_like(x, self.number))
         return Part.summed(weighted, str(self.number), ids=torch.zeros(len(x), 1, dtype=torch.int64))
 
     def reach(self, mean: Tensor) -> Tensor:
@@ -69,6 +70,23 @@ def test_a_way_that_is_first_here_and_second_there() -> None:
     field = planned(Plan((0.5,), ("a else b", "b else c"), (0.0, 0.0)), ways)
     found = asked(field, [0.1, 0.9, 0.1, 0.9], [0.1, 0.1, 0.9, 0.9])
     assert found.weighted.mean[:, 0].tolist() == [0, 0.25, 0.25, 0.5]
+
+
+def test_of_two_alike_the_one_outweighed_is_not_asked_again() -> None:
+    """The mass of a fake is its third value; x and others settle where their first is below .5."""
+    cheap, dear = Fake(1.0, limit=0.5), Fake(2.0, limit=0.0)
+    field = planned(Plan((), ("cheap else dear",), (0.0,)), {"dear": dear, "cheap": cheap})
+
+    def values(*rows: tuple[float, float]) -> Tensor:
+        return torch.tensor([(first, 0.0, mass) for first, mass in rows])
+
+    x = values((0.1, 0.0), (0.6, -21.0), (0.1, 0.0), (0.6, 0.0), (0.6, -30.0))
+    others = values((0.6, -21.0), (0.1, 0.0), (0.7, -19.0), (0.7, -40.0), (0.1, 0.0))
+    found = field.pairs(x, others, torch.zeros(5), slice(0, 9))
+    assert found.weighted.mean[:, 0].tolist() == [1, 1, 1, 2, 1, 1, 1, 2, 2, 1]
+    assert len(cheap.asked) == len(dear.asked) == 1
+    alone = field.part(torch.cat([x, others]), torch.zeros(10), slice(0, 9))
+    assert alone.weighted.mean[:, 0].tolist() == [1, 2, 1, 2, 2, 2, 1, 2, 2, 1]
 
 
 def test_settled_is_one_per_cent_of_two_images() -> None:
@@ -122,6 +140,22 @@ def test_each_answer_is_that_of_the_way_it_names(index: NeighbourIndex) -> None:
         assert torch.equal(found.candidates[mine], alone.candidates)
     first = EmpiricalVelocity(way(index, "32/8 alone"), index.store).estimate(x, t)
     assert [name == "32/8 alone" for name in found.ladder] == (first.ess <= 1.02).tolist()
+
+
+@pytest.mark.parametrize("time", [0.3, 0.8, 0.95])
+def test_with_mirror_images_only_one_half_is_asked_again(index: NeighbourIndex, time: float) -> None:
+    """The field of both orientations, to stored images and to their mirror images."""
+    both = EmpiricalVelocity(way(index, "32/8 alone else 64/30"), index.store, flip=True)
+    x1, generator = index.store.images(torch.arange(100)), torch.Generator().manual_seed(0)
+    x1[::2] = x1[::2].flip(-1)
+    t = torch.full((100,), time)
+    x = interpolate(torch.randn(x1.shape, generator=generator), x1, t)
+    images = all_images(index.store)
+    every = torch.cat([images, images.view(-1, *x.shape[1:]).flip(-1).flatten(1)])
+    wanted, found = oracle(every, x, t), both.estimate(x, t)
+    error = (found.velocity - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert error.quantile(0.99) < 0.01
+    assert time < 0.9 or found.ladder.count("64/30") < 10, "half of the queries lie beside all paths"
 
 
 def test_queries_beside_the_paths_of_stored_images_go_to_the_second_way(index: NeighbourIndex) -> None:
