@@ -38,6 +38,9 @@ _IMAGES = ("data", "images", "latents", "x", "z", "arr_0")
 _LABELS = ("labels", "y", "arr_1")
 _COLOURS = 4  # no more as the last side of square float arrays: those are images, channels last
 _COPY_BYTES = 1 << 24
+# Bytes read of maps after which their pages are let go of, else all would stay; with each the kernel maps up
+# to 16 pages around it.
+_RESIDENT, _AROUND = 1 << 26, 1 << 16
 _FIX = "save it anew by numpy.savez"
 
 
@@ -68,17 +71,26 @@ class _Array:
         content = self.member.CRC if self.member else file_mark(self.path)["sample"]
         return f"{self.shape} {self.dtype} {content}"
 
-    def loaded(self) -> np.ndarray:
+    def loaded(self) -> "_Loaded":
         """The array, through a map of its file or of what was unpacked.
 
         Raises:
             SourceError: damaged, or no room to unpack it.
         """
         try:
-            content = _unpacked(self) if self.at is None else _mapped(self)
+            held, first = _unpacked(self) if self.at is None else _mapped(self)
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise SourceError(f"{self.name}: cannot be read ({reason(error)}); fetch it anew") from error
-        return np.ndarray(self.shape, self.dtype, content, self.skip)
+        images = np.ndarray(self.shape, self.dtype, held, first + self.skip)
+        return _Loaded(_channels_first(images, self.name), held)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Images, as a view of the map `held`."""
+
+    images: Num[np.ndarray, "n C H W"]
+    held: mmap.mmap
 
 
 class ArraySource(Source):
@@ -115,18 +127,24 @@ class ArraySource(Source):
         if first.dtype != np.uint8:
             self.latents = Latents(self._shape, first.dtype)
         self._lock = Lock()
-        self._images: dict[int, np.ndarray] = {}
+        self._loaded: dict[int, _Loaded] = {}
+        self._since = 0  # bytes read of maps since their pages were let go of
 
-    def _rows(self, file: int) -> Num[np.ndarray, "n C H W"]:
-        """A file's images, as a view of its map."""
+    def _rows(self, file: int, count: int) -> Num[np.ndarray, "n C H W"]:
+        """A file's images, as a view of its map, of which `count` are to be read."""
         with self._lock:
-            if file not in self._images:
-                self._images[file] = _channels_first(self._arrays[file].loaded(), self._arrays[file].name)
-            return self._images[file]
+            self._since += count * max(self._arrays[file].row_size, _AROUND)
+            if self._since >= _RESIDENT:
+                self._since = 0
+                for other in self._loaded.values():
+                    other.held.madvise(mmap.MADV_DONTNEED)
+            if file not in self._loaded:
+                self._loaded[file] = self._arrays[file].loaded()
+            return self._loaded[file].images
 
     def read(self, item: Item) -> UInt8[np.ndarray, "H W *C"]:  # noqa: D102
         file, row = place_of(item)
-        image = self._rows(file)[row]
+        image = self._rows(file, 1)[row]
         return np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
     def holds(self, shape: tuple[int, int, int]) -> bool:  # noqa: D102
@@ -135,7 +153,7 @@ class ArraySource(Source):
     def block(self, positions: Int[np.ndarray, " n"]) -> Num[np.ndarray, "n C H W"]:  # noqa: D102
         block = np.empty((len(positions), *self._shape), self._dtype)
         for file, chosen, rows in self.items.files_of(positions):
-            block[chosen] = self._rows(file)[rows]
+            block[chosen] = self._rows(file, len(rows))[rows]
         return block
 
     @property
@@ -148,7 +166,7 @@ class ArraySource(Source):
         return digest.hexdigest()
 
     def close(self) -> None:  # noqa: D102
-        self._images.clear()
+        self._loaded.clear()
 
 
 def _found(file: Path) -> tuple[_Array, np.ndarray | None]:
@@ -266,25 +284,26 @@ def _channels_first(images: np.ndarray, name: str) -> Num[np.ndarray, "n C H W"]
     )
 
 
-def _mapped(array: _Array) -> mmap.mmap | memoryview:
-    """The file from the array's header on, read-only, once it matches its checksum."""
+def _mapped(array: _Array) -> tuple[mmap.mmap, int]:
+    """The file, read-only, once the array matches its checksum; where the array's header begins."""
     assert array.at is not None
     with array.path.open("rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    content = whole[array.at : array.at + array.skip + array.size]
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content = memoryview(held)[array.at : array.at + array.skip + array.size]
     if len(content) < array.skip + array.size:
         raise SourceError(f"{array.name}: was cut since it was listed; fetch it anew")
     if array.member is not None:
         crc = 0
         for start in range(0, len(content), _COPY_BYTES):
             crc = zlib.crc32(content[start : start + _COPY_BYTES], crc)
+            held.madvise(mmap.MADV_DONTNEED)
         if crc != array.member.CRC:
             raise SourceError(f"{array.name}: its checksum differs from the file's: damaged, fetch it anew")
-    return content
+    return held, array.at
 
 
-def _unpacked(array: _Array) -> mmap.mmap:
-    """A compressed array in a temporary file without a name: gone when it is closed."""
+def _unpacked(array: _Array) -> tuple[mmap.mmap, int]:
+    """A compressed array in a temporary file without a name, gone when it is closed; its first byte."""
     assert array.member is not None
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < array.member.file_size:
@@ -296,4 +315,4 @@ def _unpacked(array: _Array) -> mmap.mmap:
         with zipfile.ZipFile(array.path) as archive, archive.open(array.member) as content:
             shutil.copyfileobj(content, file, _COPY_BYTES)
         file.flush()
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
