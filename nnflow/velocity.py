@@ -65,8 +65,9 @@ class Estimate:
         candidates: how many were.
         error: the 99th percentile of the relative velocity error that calibration measured at this time
             for the ladder used, on queries of the path; 0 for the exact field, nan where none was measured.
-        ladder: how each query's sum was taken: "exact", "index/100", "512/100" (far field in 512
-            coordinates, 100 images in pixels), "64/16 alone" (no far field).
+        ladder: how each query's sum was taken: "exact", "index/100" (what the index finds), "index/8 in 2
+            lists", "512/100" (far field in 512 coordinates, 100 images in pixels), "64/16 alone" (no far
+            field), "512/30 of 65536" (of a sample that stands for all).
     """
 
     velocity: Float[Tensor, "B C H W"]
