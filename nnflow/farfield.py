@@ -178,7 +178,8 @@ class NearAndFar(Support):
         keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
         found = Part.joined([self._climb(x[some], t[some], scanned, keep[some]) for some in places], places)
         kept = keep.tolist()
-        names = {number: self.ladder.named(number) for number in set(kept)}
+        ladder = self.ladder if scanned.places is not None else replace(self.ladder, sample=None)
+        names = {number: ladder.named(number) for number in set(kept)}
         return replace(found, ladders=tuple(names[number] for number in kept))
 
     def _scanned(self, images: slice) -> _Scanned:

@@ -200,6 +200,7 @@ def test_of_a_class_and_of_few_images_all_are_asked(index: NeighbourIndex) -> No
         found, wanted = (part_of(sampled(index, way), x, t, images) for way in (name, "64/9"))
         torch.testing.assert_close(found.weighted.mean, wanted.weighted.mean)
         torch.testing.assert_close(found.log_far, wanted.log_far)
+        assert found.ladders == wanted.ladders == ("64/9",) * 5
 
 
 @pytest.mark.parametrize("time", [0.05, 0.6, 0.9])
