@@ -5,7 +5,6 @@ Which times, and which ladders at each: those that cost a batch most are looked 
 
 import math
 import platform
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -13,7 +12,18 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from nnflow.calibration import EXACT, FILE, Calibration, Entry, Quantiles, in_turn, name_of, ways_of
+from nnflow.calibration import (
+    EXACT,
+    FILE,
+    Calibration,
+    Entry,
+    Quantiles,
+    in_turn,
+    kept_by,
+    name_of,
+    scan_of,
+    ways_of,
+)
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
 from nnflow.measuring import AT_ONCE, FIRSTS, HELD_OUT, Answered, Bench
@@ -22,7 +32,7 @@ from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 
 # Measured at every time: one ladder that serves two stretches saves a batch a call.
-_ALWAYS = {"64/30", "512/30", "512/100", "128/100 alone", "512/100 alone", *FIRSTS}
+_ALWAYS = {"64/30", "512/30", "512/100", "512/300 rest of 262144", "128/100 alone", "512/100 alone", *FIRSTS}
 _LEAST_SETTLED = 0.05  # share of the queries for which asking a first way may be worth its price
 # Times are measured at these, and at these multiples of the estimated collapse time, around which
 # the error of most ladders is largest.
@@ -103,7 +113,7 @@ def calibrate(
     affordable = _affordable(costs, seconds / len(times))
     count = queries or max(_LEAST_QUERIES, min(_MOST_QUERIES, affordable))
     finest = _FINEST if affordable >= _LEAST_QUERIES else _COARSE
-    order = sorted(bench.ways, key=costs.__getitem__)
+    order = _by_cost(costs, bench.ways)
     found: dict[float, _Time] = {}
     longest = 0.0
     for _ in tqdm(times, "calibrating", disable=not progress, unit="time"):
@@ -225,11 +235,27 @@ def _costs(bench: Bench, t: float, patience: float) -> tuple[dict[str, float], d
         rounds.append({name: bench.answer(way, x[:2], times[:2])[2] for name, way in ways.items()})
     costs, calls = {}, {}
     for name, way in ways.items():
-        few = statistics.median(turn[name] for turn in rounds[1:])
+        few = min(turn[name] for turn in rounds[1:])  # what other processes take only adds
         costs[name] = bench.answer(way, x, times)[2]
         # T(q) = call + q m, from T(2) and T(64)
         calls[name] = max(0.0, 2 * AT_ONCE * (few - costs[name]) / (AT_ONCE - 2))
     return costs, calls
+
+
+def _by_cost(costs: Mapping[str, float], ways: Iterable[str]) -> list[str]:
+    """Ways from the cheapest on; of one scan, those that keep fewer images first.
+
+    What was measured once may say otherwise: the first to keep so many reads them from the disk.
+    """
+    every = list(ways)
+
+    def cost(way: str) -> tuple[float, int]:
+        alike = [
+            other for other in every if scan_of(other) == scan_of(way) and kept_by(other) >= kept_by(way)
+        ]
+        return min(costs[other] for other in alike), kept_by(way)
+
+    return sorted(every, key=cost)
 
 
 def _cheapest(entries: Sequence[Entry]) -> set[str]:

@@ -24,6 +24,7 @@ FORMAT = "nnflow-calibration-1"
 FILE = "calibration.json"
 EXACT = "exact"
 _ELSE = " else "
+_LADDER = re.compile(r"((?:\d+/\d+ )*\d+)/(\d+)((?:(?: rest)? of \d+)?(?: alone)?)")
 
 _CONFIDENCE = 0.9  # that the true 99th percentile is no larger than the error a ladder is chosen by
 # Queries of which the largest error is no smaller than the true percentile, at that confidence
@@ -44,8 +45,14 @@ def scan_of(way: str) -> str:
 
     They differ in how many images go on to the pixels, and queries of both are scanned together (`planned`).
     """
-    match = re.fullmatch(r"(\d+)/\d+((?: of \d+)?(?: alone)?)", way)
-    return way if match is None else match[1] + match[2]
+    match = _LADDER.fullmatch(way)
+    return way if match is None else match[1] + match[3]
+
+
+def kept_by(way: str) -> int:
+    """Images that a ladder reads in pixels, 100 of "512/100"; 0 of other ways."""
+    match = _LADDER.fullmatch(way)
+    return 0 if match is None else int(match[2])
 
 
 def calls_of(ladders: Iterable[str]) -> dict[str, tuple[str, bool]]:

@@ -3,7 +3,8 @@
 A level scans images in r coordinates: one product gives their logits (eq. 9), the residual Gaussian the rest
 (eq. 10). The best go on to the next level, at last to their pixels (`nearfield`); those left behind keep the
 mass and the mean they had, and all of it merges by eq. 4 (docs/field.md, section 10). Where a ladder has a
-sample, the first level scans those images alone, and what comes of them stands for all.
+sample, the first level scans those images alone, and what comes of them stands for all; or the first level
+scans all, only to say which come first, and a sample stands for those it leaves behind.
 
 Axes:  B queries   n images   K images passed on   r coordinates of a level   D = C*H*W
 """
@@ -142,7 +143,8 @@ class NearAndFar(Support):
         """The same images in pixels, and nothing of the others."""
         if not self.ladder.far:
             return self
-        return NearAndFar(self.index, self.rows, ladder=replace(self.ladder, far=False), budget=self.budget)
+        ladder = replace(self.ladder, far=False, rest=None)
+        return NearAndFar(self.index, self.rows, ladder=ladder, budget=self.budget)
 
     def reach(self, mean: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """Radius of the data about its mean, plus the way there."""
@@ -166,8 +168,9 @@ class NearAndFar(Support):
         if images.stop - images.start <= self.ladder.levels[-1][1] or self._every_coordinate:
             self._all = self._all or AllImages(self.rows, budget=self.budget)
             return self._all.part(x, t, images)
-        scanned = self._scanned(images)
-        count, steps = len(scanned), pairwise(self.ladder.levels)
+        ladder = self._ladder_for(images)
+        scanned = self._scanned(images, ladder.sample)
+        count, steps = len(scanned) + (ladder.rest or 0), pairwise(ladder.levels)
         passed = sum(keep * rank for (_, keep), (rank, _) in steps)
         # A level's rows of bytes, once more for those whose mean is summed; the logits and their maxima, and
         # of a block the products they are made of.
@@ -176,40 +179,53 @@ class NearAndFar(Support):
         chunk = rows_within(self.budget, per_query, at_most=most, what="logits", share=2)
         places = torch.arange(len(x), device=x.device).split(chunk)
         keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
-        found = Part.joined([self._climb(x[some], t[some], scanned, keep[some]) for some in places], places)
-        kept = keep.tolist()
-        ladder = self.ladder if scanned.places is not None else replace(self.ladder, sample=None)
+        parts = [self._climb(x[some], t[some], scanned, ladder, keep[some]) for some in places]
+        found, kept = Part.joined(parts, places), keep.tolist()
         names = {number: ladder.named(number) for number in set(kept)}
         return replace(found, ladders=tuple(names[number] for number in kept))
 
-    def _scanned(self, images: slice) -> _Scanned:
-        """What the first level scans: of a class, and where it would not fit in memory, no sample."""
-        total, sample = images.stop - images.start, self.ladder.sample
-        whole = total == len(self.coordinates.rows)
-        if sample is None or not whole or sample >= total or sample * self.coordinates.rank > self.budget:
+    def _ladder_for(self, images: slice) -> Ladder:
+        """The ladder, without its sample of a class, and where that would not fit in memory."""
+        drawn, total = self.ladder.drawn, images.stop - images.start
+        if drawn is None:
+            return self.ladder
+        fits = drawn < total == len(self.coordinates.rows) and drawn * self.coordinates.rank <= self.budget
+        return self.ladder if fits else replace(self.ladder, sample=None, rest=None)
+
+    def _scanned(self, images: slice, sample: int | None) -> _Scanned:
+        """Some images, or a sample of all."""
+        total = images.stop - images.start
+        if sample is None:
             return _Scanned(self.coordinates, images, None, total)
         drawn = self.coordinates.sample(sample)
         return _Scanned(drawn.coordinates, slice(0, sample), drawn.places, total)
 
-    def _climb(self, x: Tensor, t: Tensor, scanned: _Scanned, last: Int[Tensor, " B"]) -> Part:
+    def _climb(
+        self, x: Tensor, t: Tensor, scanned: _Scanned, ladder: Ladder, last: Int[Tensor, " B"]
+    ) -> Part:
         queries = self._coordinates_of(x, t)
         levels, ids = [], None
-        for rank, keep in self.ladder.levels:
-            kept = last if rank == self.ladder.levels[-1][0] else torch.full_like(last, keep)
-            level = self._level(queries, scanned if ids is None else ids, rank, kept)
+        for rank, keep in ladder.levels:
+            kept = last if rank == ladder.levels[-1][0] else torch.full_like(last, keep)
+            fine = ladder.far and (ids is not None or ladder.rest is None)
+            level = self._level(queries, scanned if ids is None else ids, rank, kept, fine=fine)
             levels.append(level)
             ids = scanned.ids(level.places) if ids is None else ids.gather(1, level.places)
         assert ids is not None
         near, ids = self._near(queries, ids, levels[-1])
-        if not self.ladder.far:
+        if not ladder.far:
             tails = [self._log_tail(queries, level) for level in levels]
             tails.append(self._log_most(queries, scanned.total - len(scanned)))
-            return Part.summed(near, str(self.ladder), ids=ids, log_tail=torch.stack(tails, 1).logsumexp(1))
-        far = self._far(queries, [self._rest(queries, level, near) for level in levels])
+            return Part.summed(near, str(ladder), ids=ids, log_tail=torch.stack(tails, 1).logsumexp(1))
+        first, *later = levels
+        rests = [self._rest(queries, level, near) for level in (levels if ladder.rest is None else later)]
+        if ladder.rest is not None:
+            rests.append(self._stand_ins(queries, first, self._scanned(scanned.images, ladder.rest), near))
+        far = self._far(queries, rests)
         found, share = near.merge(far), scanned.log_share
         every = WeightedMean(found.log_mass + share, found.log_square + share, found.mean)
         log_far = far.log_mass if share == 0 else _log_less(every.log_mass, near.log_mass)
-        return Part.summed(every, str(self.ladder), ids=ids, log_far=log_far)
+        return Part.summed(every, str(ladder), ids=ids, log_far=log_far)
 
     def _coordinates_of(self, x: Tensor, t: Tensor) -> _Queries:
         c = x - t[:, None] * self._embedding.mean
@@ -219,9 +235,12 @@ class NearAndFar(Support):
         return _Queries(x, t, c, y, outside.clamp_min(0))
 
     def _level(
-        self, queries: _Queries, images: _Scanned | Tensor, rank: int, kept: Int[Tensor, " B"]
+        self, queries: _Queries, images: _Scanned | Tensor, rank: int, kept: Int[Tensor, " B"], *, fine: bool
     ) -> _Level:
-        """Those of a scan, or ids that a level passed on, by their first `rank` coordinates (eq. 9)."""
+        """Those of a scan, or ids that a level passed on, by their first `rank` coordinates (eq. 9).
+
+        They are to be summed if `fine`; otherwise only the best are wanted.
+        """
         rows: Rows | Tensor
         if isinstance(images, _Scanned):
             rows = images.coordinates.scanned(images.images, self.budget)
@@ -230,22 +249,39 @@ class NearAndFar(Support):
             picked = self.coordinates.rows[:, :rank].index_select(0, images.flatten())
             rows, squares = picked.view(*images.shape, rank), self.coordinates.squares(rank)[images]
         row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
-        scores = scores_of(row, fall, rows, squares, self._buffer, fine=self.ladder.far)
+        scores = scores_of(row, fall, rows, squares, self._buffer, fine=fine)
         kept = kept.clamp_max(scores.values.shape[1])
         best, places = scores.highest(int(kept.max()))
         return _Level(rank, rows, scores, best, places, kept)
 
     def _rest(self, queries: _Queries, level: _Level, near: WeightedMean) -> _Rest:
-        """Mass and mean coordinates of the images a level leaves behind; overwrites its scores.
+        """Mass and mean coordinates of the images a level leaves behind; overwrites its scores."""
+        _take_out(level.scores.values, level.places, level.passed)
+        return self._summed(queries, level, level.last, near)
 
-        A rest that holds next to nothing of the mass has the mean of the Gaussian of all images (eq. 11), and
-        so have the others beyond the first coordinates.
+    def _stand_ins(self, queries: _Queries, first: _Level, scanned: _Scanned, near: WeightedMean) -> _Rest:
+        """What a sample, weighed by all coordinates, says of the images that the first level leaves behind.
+
+        Drawn ones that it passes on are taken out; each of the others stands for as many that it does not.
+        """
+        level = self._level(queries, scanned, self.coordinates.rank, torch.ones_like(first.kept), fine=True)
+        assert scanned.places is not None
+        at = torch.searchsorted(scanned.places, first.places).clamp_max(len(scanned) - 1)
+        passed = first.passed & (scanned.places[at] == first.places)
+        _take_out(level.scores.values, at, passed)
+        left = (scanned.total - first.kept).double() / (len(scanned) - passed.sum(1))
+        rest = self._summed(queries, level, level.scores.values.amax(1), near)
+        return _Rest(rest.log_mass + left.log(), rest.log_square + left.log(), rest.mean)
+
+    def _summed(
+        self, queries: _Queries, level: _Level, top: Float[Tensor, " B"], near: WeightedMean
+    ) -> _Rest:
+        """Mass and mean coordinates of a level's images; none has a score above `top`.
+
+        Where they hold next to nothing of the mass, their mean is that of the Gaussian of all images (eq.
+        11), and so it is beyond the first coordinates.
         """
         scores, rank = level.scores.values, level.rank
-        rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
-        gone = (level.places + rowwise)[level.passed]
-        scores.view(-1).index_fill_(0, gone, -torch.inf)  # scatter_ copies all
-        top = level.last
         noise = (1 - queries.t.double()).square()
         constant = self._residual.log_mass(queries.y, queries.outside, queries.t, rank)
         constant -= 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
@@ -336,3 +372,9 @@ class NearAndFar(Support):
 def _log_less(every: Float[Tensor, " B"], some: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The logarithm of a mass of which that of `some` is taken."""
     return every + torch.log1p(-(some - every).exp())
+
+
+def _take_out(scores: Float[Tensor, "B n"], places: Int[Tensor, "B K"], which: Bool[Tensor, "B K"]) -> None:
+    """Gives some places of each row no weight."""
+    rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
+    scores.view(-1).index_fill_(0, (places + rowwise)[which], -torch.inf)  # scatter_ copies all

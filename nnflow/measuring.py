@@ -33,6 +33,7 @@ LADDERS = (
     *(f"{ladder} of {1 << 16}" for ladder in ("512/30", "512/100", "1024/300")),
     *(f"{ladder} of {1 << 18}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
     *(f"{ladder} of {1 << 20}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
+    *(f"{ladder} rest of {1 << 18}" for ladder in ("512/100", "512/300", "512/500")),
 )
 # Besides, what the index finds by itself where it need not compare all images: in the lists that were
 # measured to be enough from t = .3 on, or in fewer, which are later. Of 1,281,167 images and 4,528 lists a
@@ -155,7 +156,7 @@ def _saves(ladder: Ladder, index: NeighbourIndex, count: int, dim: int) -> bool:
     """Whether a ladder is not the exact field under another name, nor another ladder under a second."""
     ranks = [rank for rank, _ in ladder.levels]
     known = all(index.coordinates.edge(rank) == rank for rank in ranks)
-    fewer = ladder.sample is None or 2 * ladder.sample <= count
+    fewer = ladder.drawn is None or 2 * ladder.drawn <= count
     return known and fewer and ranks[0] < dim and ladder.levels[0][1] < count
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nnflow.calibration import EXACT, Calibration, Plan, calls_of, scan_of, ways_of
+from nnflow.calibration import EXACT, Calibration, Plan, calls_of, kept_by, ways_of
 from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
@@ -60,11 +60,6 @@ def looked_at(index: NeighbourIndex, device: torch.device) -> Float[Tensor, "r D
     return index.embedding.principal[:_LOOKED_AT].to(device)
 
 
-def _keep(way: str) -> int:
-    """Images that a way of one scan reads in pixels; 0 of others."""
-    return Ladder.parse(way).levels[-1][1] if scan_of(way) != way else 0
-
-
 @dataclass(frozen=True)
 class _Call:
     """Ways that are called together: one alone, or those of one scan by the one that keeps most."""
@@ -75,7 +70,7 @@ class _Call:
     @classmethod
     def of(cls, names: Sequence[str], ways: Mapping[str, Support]) -> "_Call":
         """The call of the ways `names`."""
-        return cls(ways[max(names, key=_keep)], len(names) > 1)
+        return cls(ways[max(names, key=kept_by)], len(names) > 1)
 
     def part(self, x: Tensor, t: Tensor, images: slice, keep: Int[Tensor, " B"]) -> Part:
         """The sum for queries whose ways read so many images in pixels."""
@@ -111,7 +106,7 @@ class Calibrated(Support):
             return torch.tensor(pairs, device=rows.device)
 
         self._turns = by_turn(lambda way: calls.index(together[way]), _NONE)
-        self._keeps = by_turn(_keep, 0)
+        self._keeps = by_turn(kept_by, 0)
 
     @classmethod
     def within(cls, tolerance: float, index: NeighbourIndex, rows: PixelRows, *, budget: int) -> "Calibrated":

@@ -67,7 +67,8 @@ class Estimate:
             for the ladder used, on queries of the path; 0 for the exact field, nan where none was measured.
         ladder: how each query's sum was taken: "exact", "index/100" (what the index finds), "index/8 in 2
             lists", "512/100" (far field in 512 coordinates, 100 images in pixels), "64/16 alone" (no far
-            field), "512/30 of 65536" (of a sample that stands for all).
+            field), "512/30 of 65536" (of a sample that stands for all), "512/300 rest of 262144" (of one for
+            those that are not among the first 300).
     """
 
     velocity: Float[Tensor, "B C H W"]

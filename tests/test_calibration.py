@@ -121,16 +121,24 @@ class TestPlan:
 
     def test_what_is_called_together(self) -> None:
         scans = {
-            way: module.scan_of(way) for way in ("64/9", "64/9 alone", "64/99 512/9", "index/8", "exact")
+            "64/9": "64",
+            "64/9 alone": "64 alone",
+            "64/9 of 80": "64 of 80",
+            "64/99 512/9": "64/99 512",
+            "64/99 512/9 rest of 200": "64/99 512 rest of 200",
+            "index/8": "index/8",
+            "exact": "exact",
         }
-        assert scans == {"64/9": "64", "64/9 alone": "64 alone"} | {
-            name: name for name in ("64/99 512/9", "index/8", "exact")
-        }
+        assert {way: module.scan_of(way) for way in scans} == scans
         found = module.calls_of(
             ["64/9 alone else 512/9", "512/40", "64/40 alone", "64/9 alone else 64/99 alone"]
         )
         assert found["512/9"] == found["512/40"]
         assert found["64/40 alone"] == found["64/99 alone"] != found["64/9 alone"], "others follow that one"
+
+    def test_how_many_images_a_way_keeps(self) -> None:
+        ways = ("64/9", "64/30 alone", "512/100 of 65536", "64/99 512/9 rest of 200", "index/8", "exact")
+        assert [module.kept_by(way) for way in ways] == [9, 30, 100, 9, 0, 0]
 
     def test_names_of_two_ways(self) -> None:
         assert module.ways_of(module.in_turn("64/32 alone", "512/100")) == ("64/32 alone", "512/100")
@@ -319,6 +327,14 @@ def test_times_that_cost_a_batch_most_are_measured_first() -> None:
         order.append(t)
     assert order == [0.0, 0.8, 0.4, 0.2, 0.1, 0.3, 0.6, 0.5, 0.7]
     assert (calibrating._next([0.1], {}), calibrating._next([0.1, 0.2], {0.1: []})) == (0.1, 0.2)
+
+
+def test_of_one_scan_those_that_keep_fewer_images_are_asked_first() -> None:
+    """512/30 is the first that is timed, and reads its images from the disk."""
+    costs = {"512/30": 9.0, "512/1000": 8.0, "512/300": 3.0, "64/9": 5.0, "64/9 alone": 6.0, "index/8": 4.0}
+    ways = [*costs, "512/2000"]
+    found = calibrating._by_cost(costs | {"512/2000": 7.0}, ways)
+    assert found == ["512/30", "512/300", "index/8", "64/9", "64/9 alone", "512/1000", "512/2000"]
 
 
 def test_what_lies_beside_a_time() -> None:

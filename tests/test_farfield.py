@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,11 @@ def sampled(index: NeighbourIndex, name: str) -> NearAndFar:
 
 
 def mixture_velocity(
-    index: NeighbourIndex, x: Tensor, t: float, near: Tensor, ranks: dict[int, Tensor]
+    index: NeighbourIndex, x: Tensor, t: float, near: Tensor, *others: tuple[int, Tensor, float]
 ) -> Tensor:
     """u = x/t + (1-t)/t score of the mixture: `near` images as points, others blurred beyond a rank.
+
+    Others are given by that rank, their ids, and how many each stands for.
 
     The blur of an image outside its first r coordinates is its Gaussian there; each component is written
     out as a MultivariateNormal of D x D covariance. One query.
@@ -101,12 +104,12 @@ def mixture_velocity(
     query = x.double().flatten().clone().requires_grad_()
     logs = [MultivariateNormal(t * images[near], (1 - t) ** 2 * torch.eye(D).double()).log_prob(query)]
     held = index.coordinates.values(index.coordinates.rows).double()
-    for rank, ids in ranks.items():
+    for rank, ids, each in others:
         head, rest = whole[:, :rank], whole[:, rank:]
         means = centre + held[ids, :rank] @ head.T
         covariance = (1 - t) ** 2 * torch.eye(D).double() + t**2 * (rest * variances[rank:]) @ rest.T
         factor = torch.linalg.cholesky(covariance)
-        logs.append(MultivariateNormal(t * means, scale_tril=factor).log_prob(query))
+        logs.append(MultivariateNormal(t * means, scale_tril=factor).log_prob(query) + math.log(each))
     (score,) = torch.autograd.grad(torch.cat(logs).logsumexp(0), query)
     return (query / t + (1 - t) / t * score).detach()
 
@@ -125,7 +128,7 @@ def test_velocity_is_that_of_the_blurred_mixture(
     found = field_of(index, levels).estimate(x, t)
     images, held = all_images(index.store), index.coordinates.values(index.coordinates.rows).double()
     for row in range(len(x)):
-        left, ranks, noise = torch.arange(N), {}, 0.0
+        left, others, noise = torch.arange(N), [], 0.0
         for rank, keep in levels:
             head = index.embedding.principal[:rank].double()
             y = (x[row].double().flatten() - time * index.embedding.mean.double()) @ head.T
@@ -136,8 +139,9 @@ def test_velocity_is_that_of_the_blurred_mixture(
             logits = -inside[behind] / (2 * (1 - time) ** 2)
             units = 127 * (logits - logits.max()).exp()
             noise += held.norm(dim=1).mean() * (units.frac() * (1 - units.frac())).sum().sqrt() / units.sum()
-            ranks[rank], left = left[behind], left[best]
-        wanted = mixture_velocity(index, x[row], time, left, ranks)
+            others.append((rank, left[behind], 1.0))
+            left = left[best]
+        wanted = mixture_velocity(index, x[row], time, left, *others)
         error = (found.velocity[row].flatten().double() - wanted).norm() / wanted.norm()
         noise *= found.tail_mass[row] / (1 - time) / wanted.norm()
         assert error < 5e-4 + 2 * noise, f"{levels} at {time}: {error:.1e}, of which noise {noise:.1e}"
@@ -163,7 +167,7 @@ def test_a_sample_stands_for_all(index: NeighbourIndex, time: float) -> None:
     for row in range(len(x)):
         order = (y[row] - time * held[drawn]).square().sum(1).argsort()
         near, far = drawn[order[:30]], drawn[order[30:]]
-        wanted = mixture_velocity(index, x[row], time, near, {64: far})
+        wanted = mixture_velocity(index, x[row], time, near, (64, far, 1.0))
         found = (part.weighted.mean[row].double() - x[row].flatten()) / (1 - time)
         assert (found - wanted).norm() / wanted.norm() < 4e-3
         assert set(part.ids[row].tolist()) - {-1} <= set(near.tolist())
@@ -193,10 +197,63 @@ def test_a_sample_is_one_image_of_each_stretch(index: NeighbourIndex) -> None:
     assert index.coordinates.sample(150).places.unique().numel() == 150
 
 
+@pytest.mark.parametrize("time", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("name", ["32/40 64/7 rest of 120", "64/12 rest of 90"])
+def test_a_sample_stands_for_those_left_behind(
+    index: NeighbourIndex, name: str, time: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which images the first level passes on is read off; all else is the oracle's own."""
+    levels: list[Any] = []
+    level = NearAndFar._level
+
+    def noted(self: NearAndFar, *given: Any, **settings: Any) -> Any:
+        levels.append(level(self, *given, **settings))
+        return levels[-1]
+
+    monkeypatch.setattr(NearAndFar, "_level", noted)
+    x, t = queries(index.store, time, count=6)
+    part = part_of(sampled(index, name), x, t, slice(0, N))
+    ladder, images = Ladder.parse(name), all_images(index.store)
+    assert ladder.rest is not None
+    drawn = index.coordinates.sample(ladder.rest).places
+    held = index.coordinates.values(index.coordinates.rows).double()
+    y = (x.flatten(1).double() - time * index.embedding.mean) @ index.embedding.principal.double().T
+    for row in range(len(x)):
+        first = levels[0].places[row].cpu()
+        inside = (y[row] - time * held[first]).square().sum(1)
+        near = first[inside.topk(ladder.levels[-1][1], largest=False).indices]
+        behind = first[~torch.isin(first, near)]
+        standing = drawn[~torch.isin(drawn, first)]
+        each = (N - len(first)) / len(standing)
+        others = [(64, behind, 1.0)] if len(behind) else []
+        wanted = mixture_velocity(index, x[row], time, near, *others, (64, standing, each))
+        found = (part.weighted.mean[row].double() - x[row].flatten()) / (1 - time)
+        assert (found - wanted).norm() / wanted.norm() < 4e-3
+        assert set(part.ids[row].tolist()) - {-1} <= set(near.tolist())
+        logits = -(x[row].flatten().double() - time * images).square().sum(1) / (2 * (1 - time) ** 2)
+        each_logit = torch.cat([logits[first], logits[standing] + math.log(each)])
+        assert part.weighted.log_mass[row].item() == pytest.approx(each_logit.logsumexp(0).item(), abs=0.1)
+        square = torch.cat([2 * logits[first], 2 * logits[standing] + math.log(each)]).logsumexp(0)
+        ess = (2 * each_logit.logsumexp(0) - square).exp().item()
+        assert part.weighted.ess[row].item() == pytest.approx(ess, rel=0.1)
+        far = (each_logit.logsumexp(0).exp() - logits[near].logsumexp(0).exp()).log().item()
+        assert part.log_far[row].item() == pytest.approx(far, abs=0.2)
+    assert set(part.ladders) == {name}
+    assert len(levels) == len(ladder.levels) + 1
+    dropped = sampled(index, name).without_far().ladder
+    assert str(dropped) == name.split(" rest")[0] + " alone"
+
+
 def test_of_a_class_and_of_few_images_all_are_asked(index: NeighbourIndex) -> None:
     x, t = queries(index.store, 0.1, count=5)
-    some = slice(20, 120)
-    for name, images in (("64/9 of 90", some), ("64/9 of 200", slice(0, N))):
+    some, every = slice(20, 120), slice(0, N)
+    cases = (
+        ("64/9 of 90", some),
+        ("64/9 of 200", every),
+        ("64/9 rest of 90", some),
+        ("64/9 rest of 200", every),
+    )
+    for name, images in cases:
         found, wanted = (part_of(sampled(index, way), x, t, images) for way in (name, "64/9"))
         torch.testing.assert_close(found.weighted.mean, wanted.weighted.mean)
         torch.testing.assert_close(found.log_far, wanted.log_far)
@@ -361,7 +418,15 @@ def test_off_every_path_the_order_of_candidates_is_still_found(index: NeighbourI
 
 class TestLadder:
     @pytest.mark.parametrize(
-        "name", ["512/100", "64/3000 512/100", "32/8 alone", "512/30 of 65536", "32/90 64/3 of 100 alone"]
+        "name",
+        [
+            "512/100",
+            "64/3000 512/100",
+            "32/8 alone",
+            "512/30 of 65536",
+            "32/90 64/3 of 100 alone",
+            "64/9 512/3 rest of 70",
+        ],
     )
     def test_names_are_read_back(self, name: str) -> None:
         assert str(Ladder.parse(name)) == name
@@ -375,13 +440,29 @@ class TestLadder:
             Ladder.of(levels)
 
     def test_what_is_no_name(self) -> None:
-        for name in ("", "512", "512/100 only", "a/b", "512/100\n", "512/100 alone of 300", "512/30 of"):
+        for name in (
+            "",
+            "512",
+            "512/100 only",
+            "a/b",
+            "512/100\n",
+            "512/100 alone of 300",
+            "512/30 of",
+            "512/9 rest",
+        ):
             with pytest.raises(InputError, match="ladder"):
                 Ladder.parse(name)
 
     def test_a_sample_no_larger_than_what_is_passed_on(self) -> None:
-        with pytest.raises(InputError, match="sample of 100 images: wanted more than the 100"):
-            Ladder.parse("512/100 of 100")
+        for name in ("512/100 of 100", "512/100 rest of 100"):
+            with pytest.raises(InputError, match="sample of 100 images: wanted more than the 100"):
+                Ladder.parse(name)
+
+    def test_what_has_a_rest_has_a_far_field_of_all(self) -> None:
+        with pytest.raises(InputError, match=r"512/9 rest of 100 alone: wanted a rest in a far field"):
+            Ladder.parse("512/9 rest of 100 alone")
+        with pytest.raises(InputError, match="no other sample"):
+            Ladder(((512, 9),), sample=50, rest=50)
 
     def test_a_tolerance_beside_a_ladder(self, index: NeighbourIndex) -> None:
         for settings in (
