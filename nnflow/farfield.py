@@ -218,8 +218,10 @@ class NearAndFar(Support):
             tails.append(self._log_most(queries, scanned.total - len(scanned)))
             return Part.summed(near, str(ladder), ids=ids, log_tail=torch.stack(tails, 1).logsumexp(1))
         first, *later = levels
-        rests = [self._rest(queries, level, near) for level in (levels if ladder.rest is None else later)]
-        if ladder.rest is not None:
+        rests = [self._rest(queries, level, near) for level in later]
+        if ladder.rest is None:
+            rests.append(self._rest(queries, first, near))
+        else:
             rests.append(self._stand_ins(queries, first, self._scanned(scanned.images, ladder.rest), near))
         far = self._far(queries, rests)
         found, share = near.merge(far), scanned.log_share

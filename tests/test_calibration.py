@@ -329,6 +329,10 @@ def test_times_that_cost_a_batch_most_are_measured_first() -> None:
     assert (calibrating._next([0.1], {}), calibrating._next([0.1, 0.2], {0.1: []})) == (0.1, 0.2)
 
 
+def test_what_is_always_asked_is_tried() -> None:
+    assert calibrating._ALWAYS.issubset([*measuring.LADDERS, *measuring.SEARCHES])
+
+
 def test_of_one_scan_those_that_keep_fewer_images_are_asked_first() -> None:
     """512/30 is the first that is timed, and reads its images from the disk."""
     costs = {"512/30": 9.0, "512/1000": 8.0, "512/300": 3.0, "64/9": 5.0, "64/9 alone": 6.0, "index/8": 4.0}
@@ -346,7 +350,7 @@ def test_samples_are_tried_of_at_least_twice_as_many(
     index: NeighbourIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = len(index) // 2
-    names = ("64/9", f"64/9 of {half}", f"64/9 of {half + 1}")
+    names = ("64/9", f"64/9 of {half}", f"64/9 of {half + 1}", f"64/9 rest of {half + 1}")
     monkeypatch.setattr(measuring, "LADDERS", names)
     bench = measuring.Bench(index, None, 1 << 26, 0)
     assert list(bench.ways) == list(names[:2])
