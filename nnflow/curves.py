@@ -53,6 +53,8 @@ def calibration_curves(calibration: Calibration, path: Path | str, *, tolerance:
     sheet.title("Error of each ladder against the exact field u*, and the one taken", about)
     names = "64/30: all images by 64 coordinates, the best 30 in pixels; alone: the others are left out; "
     names += "else: what the first has not settled"
+    if any(" of " in name for name in ladders):
+        names += "; of 99: 99 drawn stand for all, rest of 99: for the others"
     sheet.text(names, sheet.width / 2, 132, SMALL, width=sheet.width - 40, colour=GREY)
     sheet.save(path)
 
