@@ -180,7 +180,7 @@ class NearAndFar(Support):
         places = torch.arange(len(x), device=x.device).split(chunk)
         keep = torch.full_like(t, self.ladder.levels[-1][1], dtype=torch.int64) if keep is None else keep
         parts = [self._climb(x[some], t[some], scanned, ladder, keep[some]) for some in places]
-        found, kept = Part.joined(parts, places), keep.tolist()
+        found, kept = parts[0] if len(parts) == 1 else Part.joined(parts, places), keep.tolist()
         names = {number: ladder.named(number) for number in set(kept)}
         return replace(found, ladders=tuple(names[number] for number in kept))
 
@@ -252,13 +252,13 @@ class NearAndFar(Support):
             rows, squares = picked.view(*images.shape, rank), self.coordinates.squares(rank)[images]
         row, fall = self.coordinates.query(queries.y[:, :rank], queries.t)
         scores = scores_of(row, fall, rows, squares, self._buffer, fine=fine)
-        kept = kept.clamp_max(scores.values.shape[1])
+        kept = kept.clamp_max(scores.count)
         best, places = scores.highest(int(kept.max()))
         return _Level(rank, rows, scores, best, places, kept)
 
     def _rest(self, queries: _Queries, level: _Level, near: WeightedMean) -> _Rest:
         """Mass and mean coordinates of the images a level leaves behind; overwrites its scores."""
-        _take_out(level.scores.values, level.places, level.passed)
+        level.scores.leave_out(level.places, level.passed)
         return self._summed(queries, level, level.last, near)
 
     def _stand_ins(self, queries: _Queries, first: _Level, scanned: _Scanned, near: WeightedMean) -> _Rest:
@@ -270,9 +270,9 @@ class NearAndFar(Support):
         assert scanned.places is not None
         at = torch.searchsorted(scanned.places, first.places).clamp_max(len(scanned) - 1)
         passed = first.passed & (scanned.places[at] == first.places)
-        _take_out(level.scores.values, at, passed)
+        level.scores.leave_out(at, passed)
         left = (scanned.total - first.kept).double() / (len(scanned) - passed.sum(1))
-        rest = self._summed(queries, level, level.scores.values.amax(1), near)
+        rest = self._summed(queries, level, level.scores.largest(), near)
         return _Rest(rest.log_mass + left.log(), rest.log_square + left.log(), rest.mean)
 
     def _summed(
@@ -283,12 +283,12 @@ class NearAndFar(Support):
         Where they hold next to nothing of the mass, their mean is that of the Gaussian of all images (eq.
         11), and so it is beyond the first coordinates.
         """
-        scores, rank = level.scores.values, level.rank
+        scores, rank = level.scores, level.rank
         noise = (1 - queries.t.double()).square()
         constant = self._residual.log_mass(queries.y, queries.outside, queries.t, rank)
         constant -= 0.5 * queries.y[:, :rank].double().square().sum(1) / noise
         mean = self._residual.coordinates(queries.y, queries.t)
-        matters = constant + level.scores.log_bound(top) > near.log_mass - _FAINT
+        matters = constant + scores.log_bound(top) > near.log_mass - _FAINT
         log_mass, log_square = torch.empty_like(constant), torch.empty_like(constant)
         some, others = matters.nonzero()[:, 0], (~matters).nonzero()[:, 0]
         summed = min(rank, max(_SUMMED, self.coordinates.rank // 4))
@@ -310,7 +310,7 @@ class NearAndFar(Support):
         float32 round away is added; and no image is further from its bytes than `rounding`.
         """
         rank, last = level.rank, level.last
-        left = level.scores.values.shape[1] - level.kept
+        left = level.scores.count - level.kept
         time, reach = queries.t.double(), self._embedding.radius + self.coordinates.rounding(rank)
         noise = (1 - time).square()
         size = queries.y[:, :rank].double().norm(dim=1)
@@ -374,9 +374,3 @@ class NearAndFar(Support):
 def _log_less(every: Float[Tensor, " B"], some: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The logarithm of a mass of which that of `some` is taken."""
     return every + torch.log1p(-(some - every).exp())
-
-
-def _take_out(scores: Float[Tensor, "B n"], places: Int[Tensor, "B K"], which: Bool[Tensor, "B K"]) -> None:
-    """Gives some places of each row no weight."""
-    rowwise = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
-    scores.view(-1).index_fill_(0, (places + rowwise)[which], -torch.inf)  # scatter_ copies all

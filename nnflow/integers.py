@@ -65,6 +65,8 @@ def product(a: Int8[Tensor, "m k"], b: Int8[Tensor, "k n"]) -> Int[Tensor, "m n"
 class Factor:
     """A matrix b of bytes, laid out by oneDNN for products a b' with many a."""
 
+    most_added = 1 << 22  # sums to which products are added at once: in place
+
     def __init__(self, b: Int8[Tensor, "m k"]) -> None:
         """Copies `b`."""
         self._columns = len(b)
@@ -80,6 +82,21 @@ class Factor:
     def product(self, a: UInt8[Tensor, "n k"], levels: int) -> Float[Tensor, "n m"]:
         """Of digits as they are `sent`: summed exactly, then rounded to float32."""
         return self._of(a, levels + 1)
+
+    def add(self, a: UInt8[Tensor, "n k"], levels: int, scale: float, to: Float[Tensor, "n m"]) -> None:
+        """Adds `scale` times the `product` to contiguous `to`."""
+        if self._columns % LEAST or not to.is_contiguous() or not adds_in_place():
+            to.add_(self.product(a, levels), alpha=scale)
+        else:
+            self._add(a, levels + 1, scale, to)
+
+    def _add(self, a: UInt8[Tensor, "n k"], zero: int, scale: float, to: Float[Tensor, "n m"]) -> Tensor:
+        """Adds scale (a - zero) b' to contiguous `to`, and returns it."""
+        one, none = _one_and_none()
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            *(a, scale, zero, self._held, one, none, to, None, 1.0, 0),
+            *(torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""),
+        )
 
     def sum(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
         """Of whole numbers, 0 ... 127: exact, then rounded to float32."""
@@ -102,6 +119,8 @@ class ShortFactor:
     128 columns take 1.0 ms for 1.3 from floats, of which oneDNN wants bytes made.
     """
 
+    most_added = 1 << 20  # sums to which products are added at once: these lie in memory of their own
+
     def __init__(self, b: Int8[Tensor, "m k"]) -> None:
         """Copies `b`."""
         with warnings.catch_warnings():
@@ -119,6 +138,10 @@ class ShortFactor:
         """Of digits as they are `sent`: summed exactly, then rounded to float32."""
         return self._of(a, levels + 1)
 
+    def add(self, a: Float[Tensor, "n k"], levels: int, scale: float, to: Float[Tensor, "n m"]) -> None:
+        """Adds `scale` times the `product` to `to`."""
+        to.add_(self.product(a, levels), alpha=scale)
+
     def sum(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
         """Of whole numbers, 0 ... 127: exact, two products stay within 16 bits; then rounded to float32."""
         return self._of(weights, 0)
@@ -133,6 +156,18 @@ class ShortFactor:
 def _one_and_none() -> tuple[Tensor, Tensor]:
     """Scale and zero point of a factor's bytes."""
     return torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+
+@functools.cache
+def adds_in_place() -> bool:
+    """Whether oneDNN adds a product to what is there: no memory for it, and no pass over that."""
+    rows, terms, columns = _PROBED
+    factor, to = Factor(_worst(columns, terms)), torch.ones(rows, columns)
+    try:
+        found = factor._add(factor.sent(_worst(rows, terms, 1), 1), 2, 3.0, to)
+        return found.data_ptr() == to.data_ptr() and bool((to == 3 * terms * LEVELS + 1).all())
+    except (AttributeError, RuntimeError, TypeError):  # a build of torch without it, or with another
+        return False
 
 
 @functools.cache

@@ -8,7 +8,6 @@ for 10.4 (2 cores; the images are read in 4.6).
 Axes:  n images   m of them, a block   C rows of digits   B queries   r coordinates
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -24,14 +23,18 @@ _LEAST_ROWS, _MOST_ROWS = 1 << 11, 1 << 14  # of a block of rows as they lie
 # take 57 ms in blocks of 2^14, 46 of 2^15, 64 queries in 512 coordinates 454 and 498 ms.
 MOST_ROWS = 1 << 15
 
-# Of some images, (C, m): int32, or float32 as `integers.product`
-Products = Callable[[slice], Tensor]
+# Adds products with some images, (C, m), to float32 that is contiguous
+Adding = Callable[[slice, Tensor], None]
+
+
+Factors = list[integers.Factor | integers.ShortFactor]
 
 
 class Rows:
     """The first r coordinates of all images, a byte each, as they lie in memory."""
 
     levels = integers.LEVELS  # of the digits they are multiplied by
+    most_added = 1 << 20  # logits to which products are added at once: these lie in memory of their own
 
     def __init__(self, rows: Int8[Tensor, "n r"]) -> None:
         self.rows = rows
@@ -49,10 +52,14 @@ class Rows:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def products(self, digits: Int8[Tensor, "C k"]) -> Products:
-        """What multiplies the first k coordinates by `digits`."""
+    def adding(self, digits: Int8[Tensor, "C k"], scale: float) -> Adding:
+        """What adds `scale` times the products of the first k coordinates with `digits`."""
         rows = self.rows[:, : digits.shape[1]]
-        return lambda images: integers.product(digits, rows[images].T)
+
+        def add(images: slice, to: Tensor) -> None:
+            to.add_(integers.product(digits, rows[images].T), alpha=scale)
+
+        return add
 
     def sums(self, weights: Float[Tensor, "B m"], images: slice, rank: int) -> Tensor:
         """Of the first `rank` coordinates, weighted by whole numbers, 0 ... 127: (B, rank), as `products`."""
@@ -72,32 +79,36 @@ class LaidOut(Rows):
         self._cuts = cuts
         self.levels = integers.factor_levels()
         self._kind = integers.factor_kind()
-        self._across: dict[tuple[int, int], list[integers.Factor | integers.ShortFactor]] = {}
-        self._along: dict[int, list[integers.Factor | integers.ShortFactor]] = {}
+        self.most_added = self._kind.most_added
+        self._across: dict[tuple[int, int], Factors] = {}
+        self._along: dict[int, Factors] = {}
 
     def block_rows(self, queries: int) -> int:  # noqa: ARG002
         """Images of a block: as many as were laid out together."""
         return MOST_ROWS
 
-    def products(self, digits: Int8[Tensor, "C k"]) -> Products:
-        """As of those not laid out, as float32."""
+    def adding(self, digits: Int8[Tensor, "C k"], scale: float) -> Adding:
+        """As of those not laid out."""
         parts = [
             self._part(digits[:, first:last], first, last) for first, last in self._pieces(digits.shape[1])
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return lambda images: functools.reduce(Tensor.add_, (part(images) for part in parts))
+
+        def add(images: slice, to: Tensor) -> None:
+            for blocks, sent in parts:
+                blocks[images.start // MOST_ROWS].add(sent, self.levels, scale, to)
+
+        return add
 
     def _pieces(self, rank: int) -> Iterator[tuple[int, int]]:
         """The first `rank` coordinates, divided at the cuts."""
         return pairwise([0, *(cut for cut in self._cuts if cut < rank), rank])
 
-    def _part(self, digits: Int8[Tensor, "C k"], first: int, last: int) -> Products:
+    def _part(self, digits: Int8[Tensor, "C k"], first: int, last: int) -> tuple[Factors, Tensor]:
+        """Those coordinates of all images, and the digits as they take them."""
         if (first, last) not in self._across:
             rows = self.rows[:, first:last]
             self._across[first, last] = [self._kind(rows[some]) for some in self.blocks(1)]
-        blocks, sent = self._across[first, last], self._kind.sent(digits, self.levels)
-        return lambda images: blocks[images.start // MOST_ROWS].product(sent, self.levels)
+        return self._across[first, last], self._kind.sent(digits, self.levels)
 
     def sums(self, weights: Float[Tensor, "B m"], images: slice, rank: int) -> Tensor:
         """As of those not laid out, as float32."""

@@ -15,10 +15,10 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from nnflow import integers
@@ -26,7 +26,6 @@ from nnflow.laidout import MOST_ROWS, Rows, block_rows
 from nnflow.weighted import WeightedMean
 
 _STRIDE = 16  # images that share a maximum while the largest logits are sought
-_MOST_MADE = 1 << 20  # products of a block that are made at once: 4 MB
 # Logits that one pass after another goes over, 1 MB: 8 queries of 32,768 images take 15 us to add to, 45 to
 # take the exponential of; 29 take 140 and 279 (2 cores, 2 MB of cache each).
 _IN_CACHE = 1 << 18
@@ -57,66 +56,114 @@ class Buffer(threading.local):
 class Scores:
     """Logits of B queries, and the largest of every few.
 
+    They lie in blocks of images, each a matrix (B, m) by itself: what is added to it is added in place.
+
     Attributes:
-        values: all of them.
-        maxima: largest of those at `first` + j * `step`, j = 0 ... 15; None where there are few.
-        first: the first of each group.
-        step: how far the next of a group is.
-        tail: places at the end that are in no group.
-        unit: what the query's coordinates are counted in.
+        held: all of them, in `unit`, block after block.
+        count: images, n.
+        size: images of a block, but for the last; a multiple of 16 where there are several.
+        maxima: of a block of m = 16 w images the largest of j, j + w, ..., j + 15 w, for each j below w; None
+            where there are few.
+        unit: what a query's logits and its coordinates are counted in.
     """
 
-    values: Float[Tensor, "B n"]
+    held: Float[Tensor, " Bn"]
+    count: int
+    size: int
     maxima: Float[Tensor, "B g"] | None
-    first: Int[Tensor, " g"]
-    step: Int[Tensor, " g"]
-    tail: Int[Tensor, " m"]
     unit: Float[Tensor, " B"]
 
+    def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "B m"]]]:
+        """Images, and their logits in `unit`."""
+        for start in range(0, self.count, self.size):
+            stop = min(start + self.size, self.count)
+            yield slice(start, stop), _block(self.held, slice(start, stop), len(self.unit))
+
     def log_bound(self, top: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Upper bound on the log of the sum of exp(values), were none above `top`; float64.
+        """Upper bound on the log of the sum of exp(logits), were none above `top`; float64.
 
         Each group counts as 16 times its largest.
         """
         if self.maxima is None:
-            return top.double() + math.log(self.values.shape[1])
+            return top.double() + math.log(self.count)
         # a few in the cache at a time: 64 queries of 1,281,167 images take 3.9 ms, as one logsumexp 41
         mass = torch.zeros_like(top)
         for some in self.maxima.split(block_rows(len(top)), 1):
-            mass += _weights(some, top).sum(1)
-        groups = _unit_of(top) + mass.double().log() + math.log(_STRIDE)
-        return torch.logaddexp(groups, top.double() + math.log(max(1, len(self.tail))))
+            mass += _weights(some, self.unit, top).sum(1)
+        groups = _log_unit(top) + mass.double().log() + math.log(_STRIDE)
+        return torch.logaddexp(groups, top.double() + math.log(max(1, self.count % _STRIDE)))
 
     def highest(self, k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
-        """The k largest of each query, descending, and their places.
+        """The k largest logits of each query, descending, and which images'.
 
         The k largest lie in the k groups of largest maximum: a sixteenth of the logits is searched.
         """
         if self.maxima is None or _STRIDE * k > self.maxima.shape[1]:
-            return self.values.topk(k, dim=1)
-        groups = self.maxima.topk(k, dim=1, sorted=False).indices
+            found = [
+                (best, places + images.start)
+                for images, block in self.blocks()
+                for best, places in [block.topk(min(k, block.shape[1]), dim=1)]
+            ]
+            values, places = (torch.cat(every, 1) for every in zip(*found, strict=True))
+        else:
+            places = self._searched(self.maxima.topk(k, dim=1, sorted=False).indices)
+            values = self.held[self._at(places)]
+        values, order = values.topk(k, dim=1)
+        return values * self.unit[:, None], places.gather(1, order)
+
+    def largest(self) -> Float[Tensor, " B"]:
+        """The largest logit of each query, of those that have not been left out."""
+        return torch.stack([block.amax(1) for _, block in self.blocks()]).amax(0) * self.unit
+
+    def leave_out(self, places: Int[Tensor, "B K"], which: Bool[Tensor, "B K"]) -> None:
+        """Gives some images of each query no weight."""
+        self.held.index_fill_(0, self._at(places)[which], -torch.inf)
+
+    def _searched(self, groups: Int[Tensor, "B k"]) -> Int[Tensor, "B m"]:
+        """The images of these groups, and those at the end that are in none."""
+        width = self.size // _STRIDE
+        block = groups // width
+        step = (self.count - block * self.size).clamp_max(self.size) // _STRIDE
+        first = groups + block * (self.size - width)
         within = torch.arange(_STRIDE, device=groups.device)
-        places = (self.first[groups][:, :, None] + self.step[groups][:, :, None] * within).flatten(1)
-        places = torch.cat([places, self.tail.expand(len(places), -1)], 1)
-        values, order = self.values.gather(1, places).topk(k, dim=1)
-        return values, places.gather(1, order)
+        places = (first[:, :, None] + step[:, :, None] * within).flatten(1)
+        tail = torch.arange(self.count - self.count % _STRIDE, self.count, device=groups.device)
+        return torch.cat([places, tail.expand(len(places), -1)], 1)
+
+    def _at(self, places: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+        """Where in `held` these images' logits are."""
+        start = places // self.size * self.size
+        width = (self.count - start).clamp_max(self.size)
+        query = torch.arange(len(places), device=places.device)[:, None]
+        return start * (len(places) - 1) + query * width + places
+
+
+def _block(held: Tensor, images: slice, queries: int) -> Float[Tensor, "B m"]:
+    """The logits of a block of images."""
+    return held[images.start * queries : images.stop * queries].view(queries, -1)
 
 
 @dataclass(frozen=True)
 class _Digits:
-    """A digit of some coordinates of B queries, from the first on, and what it counts in."""
+    """B queries as integers: digits of their coordinates, from the first on, and what each digit counts for.
 
-    bytes: Int8[Tensor, "B k"]
+    Attributes:
+        digits: of some coordinates, and how many units they count for.
+        unit: what the last counts in.
+    """
+
+    digits: list[tuple[Int8[Tensor, "B _"], float]]
     unit: Float[Tensor, " B"]
 
     @classmethod
-    def of(cls, row: Float[Tensor, "B r"], levels: int, *, fine: bool) -> list["_Digits"]:
+    def of(cls, row: Float[Tensor, "B r"], levels: int, *, fine: bool) -> "_Digits":
         """What sums of exponentials need; less where no more is asked than which images come first.
 
         The last is of all coordinates. If `fine`, another holds what is too large for it of the first 64.
         """
         if not fine:
-            return [cls(*integers.one_digit(row, levels))]
+            digit, unit = integers.one_digit(row, levels)
+            return cls([(digit, 1.0)], unit)
         head, tail = row[:, :HEAD], row[:, HEAD:]
         unit = integers.unit_of(head, levels=levels)
         if tail.shape[1]:
@@ -124,7 +171,7 @@ class _Digits:
         low = (row / unit[:, None]).round_()
         high = (low[:, :HEAD] / (2 * levels)).round_()
         low[:, :HEAD].sub_(high, alpha=2 * levels)
-        return [cls(high.to(torch.int8), 2 * levels * unit), cls(low.to(torch.int8), unit)]
+        return cls([(high.to(torch.int8), 2.0 * levels), (low.to(torch.int8), 1.0)], unit)
 
 
 def scores_of(
@@ -146,76 +193,64 @@ def scores_of(
         buffer: where the logits of all images go; those of the call before are lost.
         fine: whether they are to be summed, or only to say which images come first.
     """
-    none = torch.empty(0, dtype=torch.int64, device=row.device)
     if isinstance(rows, Tensor):
-        values, unit = _own_scores(row, fall, rows, squares)
-        return Scores(values, None, none, none, none, unit)
-    count, fall = len(rows), -fall[:, None]
-    digits = _Digits.of(row, rows.levels, fine=fine)
-    blocks = list(rows.blocks(len(row)))
-    widths = [(images.stop - images.start) // _STRIDE for images in blocks]
-    values = buffer.take("logits", (len(row), count), row)
-    maxima = buffer.take("maxima", (len(row), sum(widths)), row)
-    size = rows.block_rows(len(row))
+        return _own_scores(row, fall, rows, squares)
+    queries, count, size = len(row), len(rows), rows.block_rows(len(row))
+    asked = _Digits.of(row, rows.levels, fine=fine)
+    fall = (-fall / asked.unit)[:, None]
+    held = buffer.take("logits", (1, queries * count), row)[0]
+    maxima = buffer.take("maxima", (queries, count // _STRIDE), row)
     groups = [
-        (mine, [rows.products(part.bytes[mine]) for part in digits])
-        for mine in _groups(len(row), size, _MOST_MADE)
+        (mine, [rows.adding(digits[mine], scale) for digits, scale in asked.digits])
+        for mine in _groups(queries, size, rows.most_added)
     ]
-    first, step = [], []
-    for images, width, place in zip(blocks, widths, accumulate(widths, initial=0), strict=False):
-        for mine, products in groups:
-            made = [multiplied(images) for multiplied in products]
-            for few in _groups(mine.stop - mine.start, size, _IN_CACHE):
-                here = slice(mine.start + few.start, mine.start + few.stop)
-                some = torch.mul(squares[images], fall[here], out=values[here, images])
-                for part, multiplied in zip(digits, made, strict=True):
-                    some.addcmul_(multiplied[few], part.unit[here, None])
-                whole = some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width))
-                torch.amax(whole, 1, out=maxima[here, place : place + width])
-        first.append(torch.arange(images.start, images.start + width, device=row.device))
-        step.append(torch.full_like(first[-1], width))
-    tail = torch.arange(count - count % _STRIDE, count, device=row.device)
-    return Scores(values, maxima, torch.cat(first), torch.cat(step), tail, digits[-1].unit)
+    for images in rows.blocks(queries):
+        block, first = _block(held, images, queries), images.start // _STRIDE
+        width = block.shape[1] // _STRIDE
+        for mine, adding in groups:
+            some = torch.mul(squares[images], fall[mine], out=block[mine])
+            for add in adding:
+                add(images, some)
+            whole = some[:, : _STRIDE * width].unflatten(1, (_STRIDE, width))
+            torch.amax(whole, 1, out=maxima[mine, first : first + width])
+    return Scores(held, count, size, maxima, asked.unit)
 
 
 def _groups(queries: int, images: int, most: int) -> list[slice]:
-    """Queries taken together, about as many in each: so few that with a block of images they make no more.
-
-    Large products are memory that the system gives anew: 103 queries of one digit in 64 coordinates and
-    131,072 images take 23 ms at once, 10 in four groups.
-    """
+    """Queries taken together, about as many in each: so few that with a block of images they make no more."""
     count = max(1, -(-queries * images // most))
     edges = [queries * place // count for place in range(count + 1)]
     return [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
 
 
-def _own_scores(row: Tensor, fall: Tensor, rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """As `scores_of`, of each query's own images, in two digits throughout; what the last counts in."""
+def _own_scores(row: Tensor, fall: Tensor, rows: Tensor, squares: Tensor) -> Scores:
+    """As `scores_of`, of each query's own images, in two digits throughout."""
     digits, unit = integers.two_digits(row)
     found = integers.own_products(digits.view(2, *row.shape).transpose(0, 1), rows)
-    high = 2 * integers.LEVELS * unit[:, None]
-    values = (found[:, 0] * high).addcmul_(found[:, 1], unit[:, None])
-    return values.addcmul_(squares, fall[:, None], value=-1), unit
+    values = (squares * (-fall / unit)[:, None]).add_(found[:, 1])
+    values.add_(found[:, 0], alpha=2 * integers.LEVELS)
+    return Scores(values.flatten(), rows.shape[1], rows.shape[1], None, unit)
 
 
 def masses(
-    scores: Float[Tensor, "B n"], top: Float[Tensor, " B"], asked: Int[Tensor, " b"]
+    scores: Scores, top: Float[Tensor, " B"], asked: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Logarithms of the sums of exp(scores) and of its square, float64, of the queries `asked`.
+    """Logarithms of the sums of exp(logits) and of its square, float64, of the queries `asked`.
 
-    No score is above `top`, but by rounding.
+    No logit is above `top`, but by rounding.
     """
-    top = top[asked]
+    top, unit = top[asked], scores.unit[asked]
     mass, square = torch.zeros_like(top), torch.zeros_like(top)
-    for some in _blocks(scores, asked):
-        weights = _weights(some, top)
-        mass += weights.sum(1)
-        square += torch.linalg.vector_norm(weights, dim=1).square()
+    for _, block in scores.blocks():
+        for some in block.split(block_rows(len(asked)), 1):
+            weights = _weights(_of(some, asked, slice(None)), unit, top)
+            mass += weights.sum(1)
+            square += torch.linalg.vector_norm(weights, dim=1).square()
     return _logs(mass, square, top)
 
 
 def weighted(
-    scores: Float[Tensor, "B n"],
+    scores: Scores,
     top: Float[Tensor, " B"],
     rows: Rows | Int8[Tensor, "B K r"],
     asked: Int[Tensor, " b"],
@@ -225,18 +260,17 @@ def weighted(
     """As `masses`, and the mean of the first `rank` coordinates, of all images' rows or each query's own.
 
     For the mean a weight is a whole number of 127ths of exp(top) (`_dithered`). What that adds to the mean
-    is noise, of a variance of at most 1 / (127 sum exp(scores - top)) of that of the images. `buffer` is
+    is noise, of a variance of at most 1 / (127 sum exp(logits - top)) of that of the images. `buffer` is
     where the weights of a block go: into fresh memory they take 1.1 ms a query of 1,281,167 images, so 0.2.
     """
-    top = top[asked]
+    top, unit = top[asked], scores.unit[asked]
     mass, square, count = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
-    total = torch.zeros(len(asked), rank, device=scores.device)
-    whole_row = [slice(0, scores.shape[1])]
-    for images in whole_row if isinstance(rows, Tensor) else rows.blocks(len(asked)):
+    total = torch.zeros(len(asked), rank, device=top.device)
+    for images, block in scores.blocks():
         width = images.stop - images.start
-        whole = buffer.take("weights", (len(asked), width), scores)
+        whole = buffer.take("weights", (len(asked), width), block)
         for few in _groups(len(asked), width, _IN_CACHE):
-            weights = _weights(_of(scores[:, images], asked, few), top[few], out=whole[few])
+            weights = _weights(_of(block, asked, few), unit[few], top[few], out=whole[few])
             mass[few] += weights.sum(1)
             square[few] += torch.linalg.vector_norm(weights, dim=1).square()
             count[few] += _dithered(weights, images.start).sum(1)
@@ -267,12 +301,6 @@ def _dither(device: torch.device) -> Float[Tensor, " m"]:
     return (steps * ((math.sqrt(5) - 1) / 2)).frac().float().repeat(2)
 
 
-def _blocks(scores: Float[Tensor, "B n"], asked: Int[Tensor, " b"]) -> Iterator[Float[Tensor, "b m"]]:
-    """Blocks of the scores of some queries: never a copy of all."""
-    for some in scores.split(block_rows(len(asked)), 1):
-        yield _of(some, asked, slice(None))
-
-
 def _of(scores: Float[Tensor, "B m"], asked: Int[Tensor, " b"], few: slice) -> Float[Tensor, "f m"]:
     """Those of `few` of the queries asked; a view where all are asked."""
     return scores[few] if len(asked) == len(scores) else scores.index_select(0, asked[few])
@@ -280,19 +308,22 @@ def _of(scores: Float[Tensor, "B m"], asked: Int[Tensor, " b"], few: slice) -> F
 
 def _logs(mass: Tensor, square: Tensor, top: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Logarithms of sums of `_weights` and of their squares, in units of 1."""
-    unit = _unit_of(top)
-    return unit + mass.double().log(), 2 * unit + square.double().log()
+    counted = _log_unit(top)
+    return counted + mass.double().log(), 2 * counted + square.double().log()
 
 
-def _unit_of(top: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def _log_unit(top: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The logarithm of what `_weights` count in, float64."""
     return top.double() - math.log(_FINEST)
 
 
 def _weights(
-    scores: Float[Tensor, "B m"], top: Float[Tensor, " B"], out: Float[Tensor, "B m"] | None = None
+    scores: Float[Tensor, "B m"],
+    unit: Float[Tensor, " B"],
+    top: Float[Tensor, " B"],
+    out: Float[Tensor, "B m"] | None = None,
 ) -> Float[Tensor, "B m"]:
-    """127 exp(scores - top), at least 1e-35; no more than 127, lest a byte overflow. They go to `out`."""
+    """127 exp(unit scores - top), at least 1e-18 and no more than 127, lest a byte overflow; to `out`."""
     most = math.log2(_FINEST)
     offset = most - BITS * top[:, None]
-    return torch.add(offset, scores, alpha=BITS, out=out).clamp_(FAINTEST, most).exp2_()
+    return torch.addcmul(offset, scores, BITS * unit[:, None], out=out).clamp_(FAINTEST, most).exp2_()

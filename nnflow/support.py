@@ -103,16 +103,18 @@ class Part:
 
     def take(self, which: Bool[Tensor, " B"]) -> "Part":
         """Those of some queries."""
-        weighted = self.weighted
+        if bool(which.all()):
+            return self
+        rows, weighted = which.nonzero()[:, 0], self.weighted
         return Part(
-            WeightedMean(weighted.log_mass[which], weighted.log_square[which], weighted.mean[which]),
-            self.log_tail[which],
-            self.ids[which],
-            self.whole[which],
-            self.candidates[which],
-            self.log_far[which],
+            WeightedMean(weighted.log_mass[rows], weighted.log_square[rows], weighted.mean[rows]),
+            self.log_tail[rows],
+            self.ids[rows],
+            self.whole[rows],
+            self.candidates[rows],
+            self.log_far[rows],
             tuple(compress(self.ladders, which.tolist())),
-            self.errors[which],
+            self.errors[rows],
         )
 
     def with_errors(self, errors: Float[Tensor, " B"]) -> "Part":

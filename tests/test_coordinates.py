@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contract import all_images
+from logits import logits_of
 from refusals import refused
 from stores import store_of
 from torch import Tensor
@@ -68,9 +69,9 @@ def test_products_give_logits(projected: tuple[Coordinates, Tensor], time: float
         coordinates.squares(rank),
         Buffer(),
     )
-    found = scores.values
+    found = logits_of(scores)
     allowed = 0.504 * scores.unit * coordinates.widest(rank)
-    assert ((found.double() - wanted).abs() <= allowed[:, None] + 1e-6 * wanted.abs().amax() + 1e-12).all()
+    assert ((found - wanted).abs() <= allowed[:, None] + 1e-6 * wanted.abs().amax() + 1e-12).all()
     assert ((found - wanted).abs().mean(1) <= 0.1 * allowed + 1e-6 * wanted.abs().amax()).all()
 
 

@@ -61,6 +61,15 @@ def test_factors_are_exact_whatever_their_shape(
     found = factor.product(factor.sent(a, levels), levels)
     assert torch.equal(found.long(), torch.from_numpy(a.long().numpy() @ rows))
     assert torch.equal(factor.sum(weights).long(), torch.from_numpy(weights.long().numpy() @ rows))
+    start = torch.randint(-1000, 1000, (2 * m, n), generator=generator).float()
+    wanted = start.long() + 2 * torch.from_numpy(a.long().numpy() @ rows).repeat_interleave(2, 0)
+    to = start.clone()
+    for row in (0, 1):  # every other row: what is added to does not lie together
+        factor.add(factor.sent(a, levels), levels, 2.0, to[row::2])
+    assert torch.equal(to.long(), wanted)
+    to = start[::2].clone()
+    factor.add(factor.sent(a, levels), levels, 2.0, to)
+    assert torch.equal(to.long(), wanted[::2])
 
 
 @pytest.mark.parametrize("count", [1, 8, 19])
@@ -84,7 +93,7 @@ def test_products_of_the_largest_bytes(fast: bool) -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    probes = (integers.are_fast, integers.factor_levels, integers.factor_kind)
+    probes = (integers.are_fast, integers.factor_levels, integers.factor_kind, integers.adds_in_place)
     for probe in probes:
         probe.cache_clear()
     yield
@@ -131,6 +140,29 @@ def test_no_factor_is_laid_out_where_its_products_are_wrong_or_absent(
 
     monkeypatch.setattr(integers.Factor, "_of", off)
     assert integers.factor_levels() == 0
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("wrong", ["absent", "elsewhere", "not added"])
+def test_where_products_are_not_added_in_place_they_are_made_first(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not integers.factor_levels():
+        pytest.skip("this processor lays out no such factors")
+
+    def other(
+        self: integers.Factor, a: torch.Tensor, zero: int, scale: float, to: torch.Tensor
+    ) -> torch.Tensor:
+        if wrong == "absent":
+            raise AttributeError("binary")
+        found = scale * self._of(a, zero)
+        return to + found if wrong == "elsewhere" else to.copy_(found)
+
+    monkeypatch.setattr(integers.Factor, "_add", other)
+    assert not integers.adds_in_place()
+    factor, to = integers.Factor(torch.ones(32, 20, dtype=torch.int8)), torch.ones(3, 32)
+    factor.add(factor.sent(torch.ones(3, 20, dtype=torch.int8), 127), 127, 2.0, to)
+    assert torch.equal(to, torch.full((3, 32), 41.0))
 
 
 @pytest.mark.usefixtures("forgotten")

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from contract import DEVICE
+from logits import as_scores, logits_of
 from torch import Tensor
 
 from nnflow import integers, laidout
 from nnflow import products as module
-from nnflow.laidout import LaidOut, Products, Rows
+from nnflow.laidout import Adding, LaidOut, Rows
 from nnflow.products import Buffer, masses, scores_of, weighted
 
 R = 20
@@ -50,7 +51,8 @@ def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
     for user in (laidout, module):
         monkeypatch.setattr(user, "block_rows", lambda queries: 96)
     if request.param != "laid out, all queries at once":
-        monkeypatch.setattr(module, "_MOST_MADE", 96 * 4)  # two digits of two queries
+        for user in (Rows, integers.Factor, integers.ShortFactor):
+            monkeypatch.setattr(user, "most_added", 96 * 4)
     return partial(LaidOut, cuts=(8, 13)) if laid else Rows
 
 
@@ -64,13 +66,31 @@ def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
     found = scores_of(row, fall, lay(rows), squares, Buffer())
     wanted = row.double() @ rows.double().T - fall.double()[:, None] * squares.double()
     # half a unit of each value, 1e-5 of the largest, times 127
-    torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
+    logits = logits_of(found)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
+    torch.testing.assert_close(found.largest().double(), logits.amax(1), rtol=1e-6, atol=0)
     values, places = found.highest(k)
-    assert torch.equal(values, found.values.sort(1, descending=True).values[:, :k])
-    assert torch.equal(values, found.values.gather(1, places))
+    torch.testing.assert_close(
+        values.double(), logits.sort(1, descending=True).values[:, :k], rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(values.double(), logits.gather(1, places), rtol=1e-6, atol=0)
     assert places[0, 0] == count - 1
     # an image that is met more than once among equals would be counted twice
     assert all(len(set(row)) == k for row in places.tolist())
+
+
+@pytest.mark.parametrize("count", [5000, 5001, 250, 40])
+def test_images_left_out_weigh_nothing(count: int, lay: Lay) -> None:
+    (row, fall), laid = queries(), lay(rows_of(count))
+    found = scores_of(row, fall, laid, squares_of(count), Buffer())
+    wanted = logits_of(found)
+    _, places = found.highest(9)
+    which = torch.arange(9, device=DEVICE) < torch.tensor([9, 0, 3, 1, 8, 2], device=DEVICE)[:, None]
+    found.leave_out(places, which)
+    for query, (mine, gone) in enumerate(zip(places, which, strict=True)):
+        wanted[query, mine[gone]] = -torch.inf
+    assert torch.equal(logits_of(found), wanted)
+    torch.testing.assert_close(found.largest().double(), wanted.amax(1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fine", [True, False])
@@ -78,18 +98,18 @@ def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
 def test_queries_are_multiplied_so_many_at_a_time_that_what_is_made_is_small(
     count: int, fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_MADE", 96 * 4)
+    monkeypatch.setattr(Rows, "most_added", 96 * 4)
     monkeypatch.setattr(laidout, "block_rows", lambda queries: 96)
     row, fall = queries(count)
     made: list[Tensor] = []
 
     class Counted(Rows):
-        def products(self, digits: Tensor) -> Products:
-            multiplied = super().products(digits)
+        def adding(self, digits: Tensor, scale: float) -> Adding:
+            add = super().adding(digits, scale)
 
-            def counted(images: slice) -> Tensor:
-                made.append(multiplied(images))
-                return made[-1]
+            def counted(images: slice, to: Tensor) -> None:
+                made.append(to)
+                add(images, to)
 
             return counted
 
@@ -122,7 +142,7 @@ def test_logits_are_off_by_no_more_than_half_a_unit_of_each_coordinate(
     largest = (row if not fine else row[:, 8:] if digits == 1 else row[:, :8]).abs().amax(1)
     torch.testing.assert_close(found.unit, largest / (laid.levels if digits == 1 else 2 * laid.levels**2))
     allowed = 0.5 * found.unit.double()[:, None] * rows.abs().double().sum(1)
-    off = (found.values.double() - wanted).abs()
+    off = (logits_of(found) - wanted).abs()
     assert (off <= 1.001 * allowed + 1e-5).all()
     assert (off.mean(1) > 0.02 * allowed.mean(1)).all(), "the allowance would cover anything"
 
@@ -131,10 +151,10 @@ def test_each_query_with_images_of_its_own(lay: Lay) -> None:
     rows, squares, (row, fall) = rows_of(60).view(6, 10, R), squares_of(6, 10), queries()
     found = scores_of(row, fall, rows, squares, Buffer())
     wanted = torch.einsum("ba,bka->bk", row.double(), rows.double()) - fall.double()[:, None] * squares
-    torch.testing.assert_close(found.values.double(), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
+    torch.testing.assert_close(logits_of(found), wanted, rtol=0, atol=R * 127 * 1.6e-5 * 0.15)
     values, places = found.highest(4)
-    assert torch.equal(values, found.values.gather(1, places))
-    assert torch.equal(values[:, 0], found.values.amax(1))
+    torch.testing.assert_close(values.double(), logits_of(found).gather(1, places), rtol=1e-6, atol=0)
+    torch.testing.assert_close(values[:, 0], found.largest())
 
 
 def some_scores(count: int) -> Tensor:
@@ -145,9 +165,10 @@ def some_scores(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [4, 1], []])
-def test_masses(asked: list[int], lay: Lay) -> None:
+def test_masses(asked: list[int]) -> None:
     scores = some_scores(330)
-    found, squares = masses(scores, scores.amax(1) + 1, torch.tensor(asked, dtype=torch.int64, device=DEVICE))
+    chosen = torch.tensor(asked, dtype=torch.int64, device=DEVICE)
+    found, squares = masses(as_scores(scores, 96), scores.amax(1) + 1, chosen)
     torch.testing.assert_close(found, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(squares, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6)
 
@@ -160,7 +181,7 @@ def test_weighted_means(own: bool, asked: list[int], rank: int, lay: Lay) -> Non
     rows = rows_of(6 * 330).view(6, 330, R) if own else rows_of(330)
     laid = rows if own else lay(rows)
     chosen = torch.tensor(asked, dtype=torch.int64, device=DEVICE)
-    found = weighted(scores, scores.amax(1), laid, chosen, rank, Buffer())
+    found = weighted(as_scores(scores, 330 if own else 96), scores.amax(1), laid, chosen, rank, Buffer())
     torch.testing.assert_close(found.log_mass, scores[asked].double().logsumexp(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         found.log_square, (2 * scores[asked].double()).logsumexp(1), rtol=1e-6, atol=1e-6
@@ -184,16 +205,16 @@ def test_half_of_the_mass_in_weights_that_round_to_nothing_is_not_lost(lay: Lay)
     rows[0] = 100
     scores = torch.full((1, 96_001), -torch.tensor(96_000.0).log().item())
     scores[0, 0] = 0.0
-    found = weighted(scores, torch.zeros(1), lay(rows), torch.arange(1), R, Buffer())
+    found = weighted(as_scores(scores, 96), torch.zeros(1), lay(rows), torch.arange(1), R, Buffer())
     torch.testing.assert_close(found.mean, torch.zeros(1, R), rtol=0, atol=10.0)
 
 
 def test_weighing_leaves_the_scores_of_its_buffer_as_they_are(lay: Lay) -> None:
     (row, fall), rows, buffer = queries(), lay(rows_of(333)), Buffer()
-    scores = scores_of(row, fall, rows, squares_of(333), buffer).values
-    before, asked = scores.clone(), torch.tensor([4, 1], device=DEVICE)
-    weighted(scores, scores.amax(1), rows, asked, R, buffer)
-    assert torch.equal(scores, before)
+    scores = scores_of(row, fall, rows, squares_of(333), buffer)
+    before, asked = scores.held.clone(), torch.tensor([4, 1], device=DEVICE)
+    weighted(scores, scores.largest(), rows, asked, R, buffer)
+    assert torch.equal(scores.held, before)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -203,7 +224,7 @@ def test_rounded_logits_of_a_million_overflow_no_byte(own: bool, lay: Lay) -> No
     rows = rows_of(240).view(6, 40, R) if own else rows_of(40)
     laid = rows if own else lay(rows)
     top, asked = torch.full((6,), 1e6, device=DEVICE), torch.arange(6, device=DEVICE)
-    found = weighted(scores, top, laid, asked, R, Buffer())
+    found = weighted(as_scores(scores, 40), top, laid, asked, R, Buffer())
     wanted = rows.double().mean(1) if own else rows.double().mean(0).expand(6, -1)
     torch.testing.assert_close(found.mean.double(), wanted, rtol=0, atol=0.01)
 
@@ -213,7 +234,7 @@ def test_the_bound_on_a_sum_is_one_and_no_more_than_sixteen_times_it(count: int,
     rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
     found = scores_of(row, fall, lay(rows), squares, Buffer())
     top = found.highest(5)[0][:, -1]
-    wanted = torch.minimum(found.values, top[:, None]).double().logsumexp(1)
+    wanted = torch.minimum(logits_of(found), top.double()[:, None]).logsumexp(1)
     bound = found.log_bound(top)
     assert (bound >= wanted).all()
     assert (bound <= wanted + torch.tensor(18.0).log()).all()
