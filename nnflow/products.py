@@ -106,8 +106,8 @@ class Scores:
             ]
             values, places = (torch.cat(every, 1) for every in zip(*found, strict=True))
         else:
-            places = self._searched(self.maxima.topk(k, dim=1, sorted=False).indices)
-            values = self.held[self._at(places)]
+            places, at = self._searched(self.maxima.topk(k, dim=1, sorted=False).indices)
+            values = self.held.index_select(0, at.flatten()).view_as(at)
         values, order = values.topk(k, dim=1)
         return values * self.unit[:, None], places.gather(1, order)
 
@@ -119,23 +119,27 @@ class Scores:
         """Gives some images of each query no weight."""
         self.held.index_fill_(0, self._at(places)[which], -torch.inf)
 
-    def _searched(self, groups: Int[Tensor, "B k"]) -> Int[Tensor, "B m"]:
-        """The images of these groups, and those at the end that are in none."""
+    def _searched(self, groups: Int[Tensor, "B k"]) -> tuple[Int[Tensor, "B m"], Int[Tensor, "B m"]]:
+        """The images of these groups, and those at the end that are in none; where in `held` theirs are."""
         width = self.size // _STRIDE
         block = groups // width
-        step = (self.count - block * self.size).clamp_max(self.size) // _STRIDE
-        first = groups + block * (self.size - width)
-        within = torch.arange(_STRIDE, device=groups.device)
-        places = (first[:, :, None] + step[:, :, None] * within).flatten(1)
+        start = block * self.size
+        images = (self.count - start).clamp_max(self.size)
+        within = torch.arange(_STRIDE, device=groups.device) * (images // _STRIDE)[:, :, None]
+        places = (within + (groups - block * width + start)[:, :, None]).flatten(1)
+        at = (within + (groups - block * width + self._first(start, images))[:, :, None]).flatten(1)
         tail = torch.arange(self.count - self.count % _STRIDE, self.count, device=groups.device)
-        return torch.cat([places, tail.expand(len(places), -1)], 1)
+        tail = tail.expand(len(places), -1)
+        return torch.cat([places, tail], 1), torch.cat([at, self._at(tail)], 1)
+
+    def _first(self, start: Int[Tensor, "B k"], images: Int[Tensor, "B k"]) -> Int[Tensor, "B k"]:
+        """Where in `held` each query's logits of a block begin, of so many images from `start` on."""
+        return start * len(start) + torch.arange(len(start), device=start.device)[:, None] * images
 
     def _at(self, places: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
         """Where in `held` these images' logits are."""
         start = places // self.size * self.size
-        width = (self.count - start).clamp_max(self.size)
-        query = torch.arange(len(places), device=places.device)[:, None]
-        return start * (len(places) - 1) + query * width + places
+        return self._first(start, (self.count - start).clamp_max(self.size)) + places - start
 
 
 def _block(held: Tensor, images: slice, queries: int) -> Float[Tensor, "B m"]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnflow import nearfield
 from nnflow.codec import to_uint8
 from nnflow.nearfield import weigh
 from nnflow.path import interpolate
@@ -74,3 +75,26 @@ def test_one_far_heavier_than_what_the_expansion_took_for_the_heaviest(time: flo
 def test_no_queries_have_no_means(rows: PixelRows, time: float) -> None:
     ids = torch.zeros(0, 5, dtype=torch.int64)
     assert weigh(rows, ids, torch.zeros(0, D), torch.full((0,), time), budget=1 << 20).mean.shape == (0, D)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize(("queries", "k"), [(0, 5), (1, 500), (7, 1), (9, 130), (20, 33), (20, 700)])
+def test_images_come_a_few_at_a_time_in_whole_turns(
+    threads: int, queries: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, within the budget, and of a multiple of as many queries as threads but for the last."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows = PixelRows(torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 6).contiguous())
+    ids = torch.randint(0, 256, (queries, k), generator=torch.Generator().manual_seed(k))
+    for budget in (10, 24 * 100, 24 * 3000, 1 << 30):
+        monkeypatch.setattr(nearfield, "_CACHE_BYTES", 24 * 64)
+        found, firsts = torch.full((queries, k), -1.0), []
+        for here, some, images in nearfield._gathered(rows, ids, budget):
+            assert found[here, some].eq(-1).all()
+            found[here, some] = images[:, :, 0]
+            firsts.append(here.start)
+            most = min(budget, threads * 24 * 64) // 24
+            assert images.shape[0] * images.shape[1] <= max(1, most)
+        assert torch.equal(found, ids.float())
+        together = max(1, min(threads, queries, budget // 24))
+        assert all(first % together == 0 for first in firsts)
