@@ -26,7 +26,6 @@ MOST_ROWS = 1 << 15
 # Adds products with some images, (C, m), to float32 that is contiguous
 Adding = Callable[[slice, Tensor], None]
 
-
 Factors = list[integers.Factor | integers.ShortFactor]
 
 
@@ -62,7 +61,7 @@ class Rows:
         return add
 
     def sums(self, weights: Float[Tensor, "B m"], images: slice, rank: int) -> Tensor:
-        """Of the first `rank` coordinates, weighted by whole numbers, 0 ... 127: (B, rank), as `products`."""
+        """Of the first `rank` coordinates, weighted by whole numbers, 0 ... 127: (B, rank)."""
         return integers.product(weights.to(torch.int8), self.rows[images, :rank])
 
 
