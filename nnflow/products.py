@@ -26,6 +26,7 @@ from nnflow.laidout import MOST_ROWS, Rows, block_rows
 from nnflow.weighted import WeightedMean
 
 _STRIDE = 16  # images that share a maximum while the largest logits are sought
+_FEW, _MANY = 8, 1 << 11  # maxima that share one in turn, where there are so many of these
 # Logits that one pass after another goes over, 1 MB: 8 queries of 32,768 images take 15 us to add to, 45 to
 # take the exponential of; 29 take 140 and 279 (2 cores, 2 MB of cache each).
 _IN_CACHE = 1 << 18
@@ -96,20 +97,22 @@ class Scores:
     def highest(self, k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
         """The k largest logits of each query, descending, and which images'.
 
-        The k largest lie in the k groups of largest maximum: a sixteenth of the logits is searched.
+        The k largest lie in the k groups of largest maximum, and only these are searched: for 1,000 of 50,000
+        that takes 7 ms instead of 9 (28 queries), for 6,000 of 1,281,167 54 ms instead of 380.
         """
-        if self.maxima is None or _STRIDE * k > self.maxima.shape[1]:
+        if self.maxima is None or 2 * k > self.maxima.shape[1]:
             found = [
                 (best, places + images.start)
                 for images, block in self.blocks()
                 for best, places in [block.topk(min(k, block.shape[1]), dim=1)]
             ]
             values, places = (torch.cat(every, 1) for every in zip(*found, strict=True))
-        else:
-            places, at = self._searched(self.maxima.topk(k, dim=1, sorted=False).indices)
-            values = self.held.index_select(0, at.flatten()).view_as(at)
-        values, order = values.topk(k, dim=1)
-        return values * self.unit[:, None], places.gather(1, order)
+            values, order = values.topk(k, dim=1)
+            return values * self.unit[:, None], places.gather(1, order)
+        groups = _largest(self.maxima, k)
+        at = self._searched(groups)
+        values, order = self.held.index_select(0, at.flatten()).view_as(at).topk(k, dim=1)
+        return values * self.unit[:, None], self._found(groups, order)
 
     def largest(self) -> Float[Tensor, " B"]:
         """The largest logit of each query, of those that have not been left out."""
@@ -119,18 +122,27 @@ class Scores:
         """Gives some images of each query no weight."""
         self.held.index_fill_(0, self._at(places)[which], -torch.inf)
 
-    def _searched(self, groups: Int[Tensor, "B k"]) -> tuple[Int[Tensor, "B m"], Int[Tensor, "B m"]]:
-        """The images of these groups, and those at the end that are in none; where in `held` theirs are."""
-        width = self.size // _STRIDE
-        block = groups // width
-        start = block * self.size
-        images = (self.count - start).clamp_max(self.size)
+    def _searched(self, groups: Int[Tensor, "B k"]) -> Int[Tensor, "B m"]:
+        """Where in `held` the logits of these groups are, 16 each, and those at the end that are in none."""
+        start, images = self._block_of(groups)
+        first = self._first(start, images) + groups - start // _STRIDE
         within = torch.arange(_STRIDE, device=groups.device) * (images // _STRIDE)[:, :, None]
-        places = (within + (groups - block * width + start)[:, :, None]).flatten(1)
-        at = (within + (groups - block * width + self._first(start, images))[:, :, None]).flatten(1)
         tail = torch.arange(self.count - self.count % _STRIDE, self.count, device=groups.device)
-        tail = tail.expand(len(places), -1)
-        return torch.cat([places, tail], 1), torch.cat([at, self._at(tail)], 1)
+        at = within.add_(first[:, :, None]).flatten(1)
+        return torch.cat([at, self._at(tail.expand(len(at), -1))], 1) if len(tail) else at
+
+    def _found(self, groups: Int[Tensor, "B k"], order: Int[Tensor, "B m"]) -> Int[Tensor, "B m"]:
+        """The images at these places of what `_searched` finds."""
+        group = groups.gather(1, (order // _STRIDE).clamp_max(groups.shape[1] - 1))
+        start, images = self._block_of(group)
+        grouped = start + group - start // _STRIDE + order % _STRIDE * (images // _STRIDE)
+        tail = order - _STRIDE * groups.shape[1]
+        return torch.where(tail < 0, grouped, self.count - self.count % _STRIDE + tail)
+
+    def _block_of(self, groups: Int[Tensor, "B k"]) -> tuple[Int[Tensor, "B k"], Int[Tensor, "B k"]]:
+        """The first image of each group's block, and how many there are in it."""
+        start = groups // (self.size // _STRIDE) * self.size
+        return start, (self.count - start).clamp_max(self.size)
 
     def _first(self, start: Int[Tensor, "B k"], images: Int[Tensor, "B k"]) -> Int[Tensor, "B k"]:
         """Where in `held` each query's logits of a block begin, of so many images from `start` on."""
@@ -140,6 +152,22 @@ class Scores:
         """Where in `held` these images' logits are."""
         start = places // self.size * self.size
         return self._first(start, (self.count - start).clamp_max(self.size)) + places - start
+
+
+def _largest(maxima: Float[Tensor, "B g"], k: int) -> Int[Tensor, "B k"]:
+    """Which k are the largest, in any order; of many, found among every few's largest.
+
+    The 2,000 largest of 80,072 of 30 queries take 5.5 ms so for 10.6, the 500 largest 2.9 for 5.3.
+    """
+    apart = maxima.shape[1] // _FEW
+    if apart < max(2 * k, _MANY):
+        return maxima.topk(k, dim=1, sorted=False).indices
+    whole = maxima[:, : _FEW * apart].unflatten(1, (_FEW, apart))
+    first = whole.amax(1).topk(k, dim=1, sorted=False).indices
+    within = torch.arange(_FEW, device=maxima.device)[:, None] * apart
+    tail = torch.arange(_FEW * apart, maxima.shape[1], device=maxima.device)
+    at = torch.cat([(first[:, None] + within).flatten(1), tail.expand(len(first), -1)], 1)
+    return at.gather(1, maxima.gather(1, at).topk(k, dim=1, sorted=False).indices)
 
 
 def _block(held: Tensor, images: slice, queries: int) -> Float[Tensor, "B m"]:

@@ -57,9 +57,13 @@ def lay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lay:
 
 
 @pytest.mark.parametrize(
-    ("count", "k"), [(5000, 3), (5001, 40), (5015, 1), (40, 40), (47, 2), (16, 1), (250, 9)]
+    ("count", "k"), [(5000, 3), (5001, 40), (5015, 1), (5080, 7), (40, 40), (47, 2), (16, 1), (250, 9)]
 )
-def test_logits_and_the_highest_of_them(count: int, k: int, lay: Lay) -> None:
+@pytest.mark.parametrize("many", [1, 1 << 11])
+def test_logits_and_the_highest_of_them(
+    count: int, k: int, many: int, lay: Lay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MANY", many)
     rows, squares, (row, fall) = rows_of(count), squares_of(count), queries()
     rows[-1] = (127 * row[0] / row[0].abs().max()).to(torch.int8)  # the first query's largest is in no group
     squares[-1] = 0
