@@ -12,22 +12,12 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from nnflow.calibration import (
-    EXACT,
-    FILE,
-    Calibration,
-    Entry,
-    Quantiles,
-    in_turn,
-    kept_by,
-    name_of,
-    scan_of,
-    ways_of,
-)
+from nnflow.calibration import FILE, Calibration, Entry, Quantiles, name_of
 from nnflow.errors import InputError
 from nnflow.index import NeighbourIndex
 from nnflow.measuring import AT_ONCE, FIRSTS, HELD_OUT, Answered, Bench
 from nnflow.memory import DEFAULT_BUDGET
+from nnflow.planning import EXACT, in_turn, kept_by, scan_of, ways_of
 from nnflow.precision import full_float32
 from nnflow.store import ImageStore
 
@@ -206,7 +196,8 @@ class _Time:
         inside, *outside = answers
         quantiles = [Quantiles.of(some.errors) for some in outside]
         held_in = Quantiles.of(inside.errors)
-        return Entry(self._t, name, inside.seconds, held_in, quantiles[0] if quantiles else None)
+        held_out = quantiles[0] if quantiles else None
+        return Entry(self._t, name, inside.seconds, held_in, held_out, inside.again)
 
 
 def _in_turn(answers: Mapping[str, list[Answered]]) -> dict[str, list[Answered]]:

@@ -4,7 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nnflow.calibration import CERTAIN, EXACT, Calibration, Plan
+from nnflow.calibration import CERTAIN, Calibration
+from nnflow.planning import EXACT, Plan
 from nnflow.sheet import BLACK, BLUE, GREY, ORANGE, SMALL, Sheet
 
 _MOST = 6  # ladders that are told apart at a glance

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnflow.calibration import EXACT
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.path import interpolate
 from nnflow.planned import looked_at, settled, support_of
+from nnflow.planning import EXACT
 from nnflow.store import ImageStore
 from nnflow.support import Support
 
@@ -65,11 +65,13 @@ class Answered:
         errors: of each query.
         settled: which need not be asked again, were another way to follow.
         seconds: per query, beside those of the call.
+        again: share of the queries for which a second way was asked.
     """
 
     errors: Float[Tensor, " q"]
     settled: Bool[Tensor, " q"]
     seconds: float
+    again: float = 0.0
 
     @classmethod
     def exactly(cls, asked: Asked) -> "Answered":
@@ -87,7 +89,7 @@ class Answered:
         """With `other` for those queries that this way has not settled."""
         share = 1 - self.settled.float().mean().item()
         errors = torch.where(self.settled, self.errors, other.errors)
-        return Answered(errors, self.settled | other.settled, self.seconds + share * other.seconds)
+        return Answered(errors, self.settled | other.settled, self.seconds + share * other.seconds, share)
 
 
 class Bench:

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nnflow.calibration import EXACT, Calibration, Plan, calls_of, kept_by, ways_of
+from nnflow.calibration import Calibration
 from nnflow.farfield import NearAndFar
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.nearfield import NearestImages
 from nnflow.pixels import PixelRows
+from nnflow.planning import EXACT, Plan, calls_of, kept_by, ways_of
 from nnflow.scan import AllImages
 from nnflow.support import Part, Support
 

@@ -30,11 +30,12 @@ from scale_table import Spread, build_table, growth_table, index_table
 from torch import Tensor
 
 from nnflow import EmpiricalVelocity, NeighbourIndex, NNFlowError
-from nnflow.calibration import BATCH, Calibration, Plan
+from nnflow.calibration import Calibration
 from nnflow.errors import InputError
 from nnflow.memory import DEFAULT_BUDGET, parse_bytes
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
+from nnflow.planning import BATCH, Plan
 from nnflow.sampling import sample
 from nnflow.scan import AllImages, nearest_images
 from nnflow.settling import read_settling

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnflow.calibration import BATCH
 from nnflow.memory import format_bytes
+from nnflow.planning import BATCH
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnflow import NeighbourIndex
 from nnflow.calibrating import calibrate
-from nnflow.calibration import Plan
+from nnflow.planning import Plan, Stretch
 from nnflow.settling import settling_times, write_settling
 from nnflow.velocity import EmpiricalVelocity
 
@@ -144,7 +144,8 @@ def test_stages_are_read_off_their_last_bar() -> None:
 
 
 def test_a_plan_in_short() -> None:
-    plan = Plan((0.1, 0.2, 0.3), ("64/30", "64/30", "exact", "64/30"), (0.0,) * 4)
+    names = ("64/30", "64/30", "exact", "64/30")
+    plan = Plan((0.1, 0.2, 0.3), tuple(Stretch(0.1, name, 1.0, 0.0) for name in names), (0.0,) * 4)
     assert script.in_short(plan) == "64/30 from 0, exact from 0.2, 64/30 from 0.3"
 
 

@@ -15,12 +15,12 @@ from stores import store_of
 from test_farfield import smooth
 from torch import Tensor
 
-from nnflow import calibrating, measuring
-from nnflow import calibration as module
+from nnflow import calibrating, measuring, planning
 from nnflow.calibrating import calibrate
 from nnflow.calibration import CERTAIN, Calibration, Entry, Quantiles
 from nnflow.errors import InputError, StoreError
 from nnflow.index import NeighbourIndex
+from nnflow.planning import Stretch, divided, seconds_of
 from nnflow.velocity import EmpiricalVelocity
 
 NONE = Quantiles(0.0, 0.0, 0.0, 0.0, 256)
@@ -35,6 +35,18 @@ def table(*rows: tuple[float, str, float, float], calls: dict[str, float] | None
     entries = [Entry(t, name, seconds, errors(p99), None) for t, name, seconds, p99 in rows]
     entries += [Entry(t, "exact", 1.0, NONE, NONE) for t in sorted({row[0] for row in rows})]
     return Calibration(tuple(entries), "an index", calls or {}, {"seed": 0})
+
+
+def chosen(costs: list[dict[str, float]], calls: dict[str, float]) -> tuple[str, ...]:
+    """Ladders of parts of the time, of these seconds a batch; any second way is asked for all queries."""
+    offers = [
+        {
+            name: Stretch(1.0, name, cost / 128, 1.0 if " else " in name else 0.0)
+            for name, cost in some.items()
+        }
+        for some in costs
+    ]
+    return tuple(stretch.ladder for stretch in divided(offers, calls))
 
 
 class TestPlan:
@@ -67,8 +79,7 @@ class TestPlan:
 
     def test_a_ladder_that_is_used_elsewhere_replaces_one_though_another_would_cost_less_here(self) -> None:
         costs = [{"64/8": 1.0, "64/30": 1.2, "512/100": 1.3}, {"512/100": 5.0}]
-        calls = {"64/8": 3.0, "64/30": 3.0, "512/100": 3.0}
-        assert module._divided(costs, calls) == ("512/100", "512/100")
+        assert chosen(costs, {"64/8": 3.0, "64/30": 3.0, "512/100": 3.0}) == ("512/100", "512/100")
 
     def test_a_ladder_no_other_can_replace_stays(self) -> None:
         found = table((0.1, "64/9", 0.1, 0.001), (0.2, "128/9", 0.1, 0.001), calls={"64/9": 9e9})
@@ -82,12 +93,46 @@ class TestPlan:
     def test_two_ways_in_turn_cost_the_calls_of_both_once(self) -> None:
         """ "64/9 alone" serves the second time by itself: there it is paid for, at the first time as well."""
         costs = [{"512/9": 4.0, "64/9 alone else 512/9": 2.0}, {"64/9 alone": 1.0, "512/9": 4.0}]
-        assert module._divided(costs, {"512/9": 1.0, "64/9 alone": 3.0}) == (
-            "64/9 alone else 512/9",
-            "64/9 alone",
-        )
-        assert module._divided(costs, {"512/9": 1.0, "64/9 alone": 6.0}) == ("512/9", "512/9")
-        assert module._called(("64/9 alone else 512/9", "64/9 alone"), {"512/9": 1.0, "64/9 alone": 3.0}) == 4
+        both = ("64/9 alone else 512/9", "64/9 alone")
+        assert chosen(costs, {"512/9": 1.0, "64/9 alone": 3.0}) == both
+        assert chosen(costs, {"512/9": 1.0, "64/9 alone": 6.0}) == ("512/9", "512/9")
+        parts = [Stretch(1.0, both[0], 0.0, 1.0), Stretch(1.0, both[1], 0.0, 0.0)]
+        assert seconds_of(parts, {"512/9": 1.0, "64/9 alone": 3.0}) == pytest.approx(4)
+
+    def test_a_call_that_few_batches_make_costs_little(self) -> None:
+        """By drawing batches: the times of 128 queries, and which of them the first way has not settled."""
+        parts = [
+            Stretch(0.95, "64/9 alone else 512/9", 0.0, 0.004),
+            Stretch(0.04, "64/9 alone else 512/20", 0.0, 0.05),
+            Stretch(0.01, "exact", 0.0, 0.0),
+        ]
+        calls = {"64/9 alone": 1.0, "512/9": 10.0, "512/20": 12.0, "exact": 100.0}
+        draw = torch.rand(20_000, 128, 2, generator=torch.Generator().manual_seed(0))
+        t, chance = draw.unbind(2)
+        again = ((t < 0.95) & (chance < 0.004)) | ((t >= 0.95) & (t < 0.99) & (chance < 0.05))
+        late = t >= 0.99
+        seconds = 1.0 * (~late).any(1) + 12.0 * again.any(1) + 100.0 * late.any(1)
+        assert seconds_of(parts, calls) == pytest.approx(seconds.mean().item(), rel=0.01)
+
+    def test_what_is_hardly_ever_asked_is_chosen_though_its_call_is_dear(self) -> None:
+        for again, wanted in ((0.0005, "index/8 else 512/9"), (0.05, "64/9 alone")):
+            entries = [
+                Entry(0.5, "index/8 else 512/9", 0.1e-3, NONE, NONE, again),
+                Entry(0.5, "64/9 alone", 0.3e-3, NONE, NONE),
+                Entry(0.5, "exact", 1.0, NONE, NONE),
+            ]
+            found = Calibration(tuple(entries), "an index", {"512/9": 0.05, "exact": 1.0}, {}).plan(0.01)
+            assert found.ladders == (wanted, wanted)
+
+    def test_what_was_never_asked_may_be(self) -> None:
+        """Of two second ways that no query needed the one of the cheaper call is named."""
+        entries = [
+            Entry(0.5, "index/8 else exact", 0.1e-3, NONE, NONE),
+            Entry(0.5, "index/8 else 512/9", 0.1e-3, NONE, NONE),
+            Entry(0.5, "exact", 1.0, NONE, NONE),
+        ]
+        found = Calibration(tuple(entries), "an index", {"512/9": 0.05, "exact": 1.0}, {}).plan(0.01)
+        assert found.ladders == ("index/8 else 512/9",) * 2
 
     def test_the_tolerance_is_met_on_images_held_out_too(self) -> None:
         """By their 99th percentile as measured, being few; of the stored ones the upper end counts."""
@@ -115,7 +160,9 @@ class TestPlan:
         calls = {"64/9": 0.15, "512/9": 0.3, "512/40": 0.31}
         table = Calibration(tuple(entries), "an index", calls, {})
         assert table.plan(0.01).ladders == ("512/9", "512/9", "512/40", "512/40")
-        assert table.call(table.plan(0.01).ladders) == pytest.approx(0.31 / 128)
+        plan = table.plan(0.01)
+        queries = sum(128 * stretch.width * stretch.seconds for stretch in plan.stretches)
+        assert table.price(plan.stretches) == pytest.approx((queries + 0.31) / 128)
         apart = Calibration(tuple(entries), "an index", calls | {"64/9": 0.05}, {})
         assert apart.plan(0.01).ladders == ("64/9", "512/9", "512/40", "512/40")
 
@@ -129,8 +176,8 @@ class TestPlan:
             "index/8": "index/8",
             "exact": "exact",
         }
-        assert {way: module.scan_of(way) for way in scans} == scans
-        found = module.calls_of(
+        assert {way: planning.scan_of(way) for way in scans} == scans
+        found = planning.calls_of(
             ["64/9 alone else 512/9", "512/40", "64/40 alone", "64/9 alone else 64/99 alone"]
         )
         assert found["512/9"] == found["512/40"]
@@ -138,11 +185,11 @@ class TestPlan:
 
     def test_how_many_images_a_way_keeps(self) -> None:
         ways = ("64/9", "64/30 alone", "512/100 of 65536", "64/99 512/9 rest of 200", "index/8", "exact")
-        assert [module.kept_by(way) for way in ways] == [9, 30, 100, 9, 0, 0]
+        assert [planning.kept_by(way) for way in ways] == [9, 30, 100, 9, 0, 0]
 
     def test_names_of_two_ways(self) -> None:
-        assert module.ways_of(module.in_turn("64/32 alone", "512/100")) == ("64/32 alone", "512/100")
-        assert module.ways_of("64/32 alone") == ("64/32 alone",)
+        assert planning.ways_of(planning.in_turn("64/32 alone", "512/100")) == ("64/32 alone", "512/100")
+        assert planning.ways_of("64/32 alone") == ("64/32 alone",)
 
     @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])
     def test_no_tolerance(self, tolerance: float) -> None:
@@ -429,7 +476,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"format": "nnflow-calibration-0"}, "wanted nnflow-calibration-1"),
+            ({"format": "nnflow-calibration-0"}, "wanted nnflow-calibration-2"),
             ({"entries": [{"t": 0.1}]}, "not a table"),
             ({"entries": 3}, "not a table"),
             ({"entries": []}, "a time without the exact field"),

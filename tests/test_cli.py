@@ -20,7 +20,7 @@ from PIL import Image
 
 from nnflow.calibration import Calibration, Entry, Quantiles
 from nnflow.cli import main
-from nnflow.cli.calibrate import exact_share, stretches, table
+from nnflow.cli.calibrate import exact_share, table
 from nnflow.index import NeighbourIndex
 from nnflow.settling import read_settling
 from nnflow.store import ImageStore, to_uint8
@@ -213,11 +213,10 @@ def test_the_table_of_a_calibration_by_hand() -> None:
 
 
 def test_where_no_ladder_will_do_the_table_says_so() -> None:
-    parts = stretches(MADE_UP, MADE_UP.plan(0.0009))
-    assert exact_share(parts) == 1
-    assert [part.width for part in parts] == pytest.approx([0.1, 0.1, 0.3, 0.5])
-    parts = stretches(MADE_UP, MADE_UP.plan(0.005))  # 64/9 until .1 were a call more
-    assert exact_share(parts) == pytest.approx(0.1)
+    plan = MADE_UP.plan(0.0009)
+    assert exact_share(plan) == 1
+    assert [stretch.width for stretch in plan.stretches] == pytest.approx([0.1, 0.1, 0.3, 0.5])
+    assert exact_share(MADE_UP.plan(0.005)) == pytest.approx(0.1)  # 64/9 until .1 were a call more
     rows = table(MADE_UP, 0.005).splitlines()
     assert rows[2].split() == ["0.1", "exact", "0", "0", "0", "-", "12", "12", "1"]
     assert rows[-1].endswith("exact field for 10 % of t")

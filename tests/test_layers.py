@@ -17,7 +17,7 @@ sources.base sources.folder sources.archive sources.shards sources.tables source
 sources.subset sources decode hdf5file unsealed recipes ingest store latents
 integers laidout
 embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
-support nearfield scan residual ladder products farfield calibration planned velocity
+support nearfield scan residual ladder products farfield planning calibration planned velocity
 measuring calibrating settling
 tally pairs targets config unet checkpoint diary batches trainer training
 sampling metrics

@@ -11,12 +11,13 @@ from test_farfield import smooth
 from torch import Tensor
 
 from nnflow import calibrating, measuring
-from nnflow.calibration import Calibration, Plan, ways_of
+from nnflow.calibration import Calibration
 from nnflow.index import NeighbourIndex
 from nnflow.ladder import Ladder
 from nnflow.path import interpolate
 from nnflow.pixels import PixelRows
 from nnflow.planned import Calibrated, looked_at, settled, support_of
+from nnflow.planning import Plan, Stretch, ways_of
 from nnflow.products import Scores, scores_of
 from nnflow.support import Part, Support
 from nnflow.velocity import EmpiricalVelocity
@@ -43,6 +44,11 @@ class Fake(Support):
         return torch.zeros(len(mean)).double()
 
 
+def plan_of(times: tuple[float, ...], ladders: tuple[str, ...], errors: tuple[float, ...]) -> Plan:
+    """Each way at the same price."""
+    return Plan(times, tuple(Stretch(1 / len(ladders), name, 1.0, 0.0) for name in ladders), errors)
+
+
 def planned(plan: Plan, ways: dict[str, Support]) -> Calibrated:
     return Calibrated(next(iter(ways.values())).rows, plan, ways, torch.eye(3), budget=BUDGET)
 
@@ -54,7 +60,7 @@ def asked(field: Calibrated, values: list[float], times: list[float]) -> Part:
 
 def test_what_the_first_way_has_not_settled_goes_to_the_second_with_all_others() -> None:
     cheap, dear = Fake(1.0, limit=0.5), Fake(2.0, limit=0.0)
-    plan = Plan((0.2, 0.4), ("dear", "cheap else dear", "cheap"), (0.01, 0.02, 0.03))
+    plan = plan_of((0.2, 0.4), ("dear", "cheap else dear", "cheap"), (0.01, 0.02, 0.03))
     field = planned(plan, {"dear": dear, "cheap": cheap})
     found = asked(field, [0.1, 0.2, 0.6, 0.7, 0.8], [0.1, 0.3, 0.3, 0.5, 0.19])
     assert cheap.asked == [pytest.approx([0.2, 0.6, 0.7])], "each way is called once"
@@ -67,7 +73,7 @@ def test_what_the_first_way_has_not_settled_goes_to_the_second_with_all_others()
 
 def test_a_way_that_is_first_here_and_second_there() -> None:
     ways: dict[str, Support] = {"a": Fake(0.0, 0.5), "b": Fake(0.25, 0.5), "c": Fake(0.5, 0.5)}
-    field = planned(Plan((0.5,), ("a else b", "b else c"), (0.0, 0.0)), ways)
+    field = planned(plan_of((0.5,), ("a else b", "b else c"), (0.0, 0.0)), ways)
     found = asked(field, [0.1, 0.9, 0.1, 0.9], [0.1, 0.1, 0.9, 0.9])
     assert found.weighted.mean[:, 0].tolist() == [0, 0.25, 0.25, 0.5]
 
@@ -75,7 +81,7 @@ def test_a_way_that_is_first_here_and_second_there() -> None:
 def test_of_two_alike_the_one_outweighed_is_not_asked_again() -> None:
     """The mass of a fake is its third value; x and others settle where their first is below .5."""
     cheap, dear = Fake(1.0, limit=0.5), Fake(2.0, limit=0.0)
-    field = planned(Plan((), ("cheap else dear",), (0.0,)), {"dear": dear, "cheap": cheap})
+    field = planned(plan_of((), ("cheap else dear",), (0.0,)), {"dear": dear, "cheap": cheap})
 
     def values(*rows: tuple[float, float]) -> Tensor:
         return torch.tensor([(first, 0.0, mass) for first, mass in rows])
@@ -124,7 +130,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> NeighbourIndex:
 def way(index: NeighbourIndex, name: str) -> Calibrated:
     rows = PixelRows(index.store.pixels)
     ways = {one: support_of(one, index, rows, BUDGET) for one in ways_of(name)}
-    plan = Plan((), (name,), (torch.nan,))
+    plan = plan_of((), (name,), (torch.nan,))
     return Calibrated(rows, plan, ways, looked_at(index, rows.device), budget=BUDGET)
 
 
@@ -178,7 +184,7 @@ def test_ways_of_one_scan_are_called_together(
     names = [name.format(keep) for keep in (9, 40, 3)]
     rows = PixelRows(index.store.pixels)
     ways = {name: support_of(name, index, rows, BUDGET) for name in names}
-    plan = Plan((0.3, 0.6), tuple(names), (0.1, 0.2, 0.3))
+    plan = plan_of((0.3, 0.6), tuple(names), (0.1, 0.2, 0.3))
     both = Calibrated(rows, plan, ways, looked_at(index, rows.device), budget=BUDGET)
     drawn = [queries(index.store, time, count=11) for time in (0.05, 0.45, 0.7)]
     x, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))

@@ -1,18 +1,17 @@
 """nnflow calibrate."""
 
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import click
 
 from nnflow.calibrating import calibrate as measure
-from nnflow.calibration import BATCH, EXACT, FILE, Calibration, Entry, Plan
+from nnflow.calibration import FILE, Calibration, Entry
 from nnflow.cli.options import FOLDER, memory_option, tolerance_option
 from nnflow.curves import calibration_curves
 from nnflow.files import folder_lock, shown
 from nnflow.index import NeighbourIndex
+from nnflow.planning import BATCH, EXACT, Plan, Stretch
 from nnflow.settling import SETTLING, settling_times, write_settling
 from nnflow.store import ImageStore
 
@@ -102,31 +101,9 @@ def measure_into(
     return written
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A part of [0, 1) that one ladder answers; seconds per query there beside the call, mean of its ends."""
-
-    width: float
-    ladder: str
-    seconds: float
-
-
-def stretches(calibration: Calibration, plan: Plan) -> list[Stretch]:
-    """Those of `plan`, in order of time."""
-    seconds = {(entry.t, entry.ladder): entry.seconds for entry in calibration.entries}
-    times = plan.times
-    ends = [(times[0], times[0]), *pairwise(times), (times[-1], times[-1])]
-    return [
-        Stretch(high - low, ladder, (seconds[first, ladder] + seconds[last, ladder]) / 2)
-        for (low, high), ladder, (first, last) in zip(
-            pairwise((0.0, *times, 1.0)), plan.ladders, ends, strict=True
-        )
-    ]
-
-
-def exact_share(parts: list[Stretch]) -> float:
+def exact_share(plan: Plan) -> float:
     """The share of t ~ U[0, 1] at which all images are summed in pixels."""
-    return math.fsum(part.width for part in parts if part.ladder == EXACT)
+    return math.fsum(stretch.width for stretch in plan.stretches if stretch.ladder == EXACT)
 
 
 def table(calibration: Calibration, tolerance: float) -> str:
@@ -140,16 +117,15 @@ def table(calibration: Calibration, tolerance: float) -> str:
         f"  {'ms':>8} {'exact ms':>8} {'ratio':>6}",
     ]
     for t, ladder in zip(plan.times, plan.ladders[1:], strict=True):
-        prices = [found[t, name].seconds + calibration.call([name]) for name in (ladder, EXACT)]
+        entries = [found[t, name] for name in (ladder, EXACT)]
+        prices = [
+            calibration.price([Stretch(1.0, entry.ladder, entry.seconds, entry.again)]) for entry in entries
+        ]
         lines.append(f"{t:>7g}  {ladder:<{longest}}  {_row(found[t, ladder], *prices)}")
-    parts = stretches(calibration, plan)
-    mean = math.fsum(part.width * part.seconds for part in parts) + calibration.call(plan.ladders)
-    exact = replace(plan, ladders=(EXACT,) * len(plan.ladders))
-    whole = math.fsum(part.width * part.seconds for part in stretches(calibration, exact))
-    whole += calibration.call([EXACT])
+    mean, whole = calibration.price(plan.stretches), calibration.price(calibration.always(EXACT))
     lines.append(
         f"{BATCH} queries at t ~ U[0, 1]: {1000 * mean:.3g} ms per query, exact {1000 * whole:.3g} ms, "
-        f"ratio {whole / mean:.3g}; exact field for {100 * exact_share(parts):.3g} % of t"
+        f"ratio {whole / mean:.3g}; exact field for {100 * exact_share(plan):.3g} % of t"
     )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import click
 
 from nnflow.calibration import Calibration
-from nnflow.cli.calibrate import exact_share, measure_into, stretches
+from nnflow.cli.calibrate import exact_share, measure_into
 from nnflow.cli.options import FOLDER, TOLERANCE, F, RankType, memory_option
 from nnflow.errors import BudgetError, InputError, StoreError
 from nnflow.files import shown
@@ -210,7 +210,7 @@ def _errors_known(index: NeighbourIndex) -> dict[str, Any] | None:
         "queries": min(entry.held_in.queries for entry in found.entries),
         "times": len(found.times),
         "tolerance": TOLERANCE,
-        "exact_share": exact_share(stretches(found, found.plan(TOLERANCE))),
+        "exact_share": exact_share(found.plan(TOLERANCE)),
     }
 
 

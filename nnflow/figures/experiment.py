@@ -17,12 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from nnflow.calibration import EXACT
 from nnflow.config import checked
 from nnflow.errors import InputError, NNFlowError, StoreError
 from nnflow.figures.inputs import Inputs
 from nnflow.figures.parts import Parts, plain
 from nnflow.files import folder_lock, read_json, shown, write_json
+from nnflow.planning import EXACT
 from nnflow.sheet import Sheet
 
 FORMAT = "nnflow-figure-1"

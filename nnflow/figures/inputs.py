@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from nnflow.calibration import EXACT
 from nnflow.checkpoint import learned_field
 from nnflow.errors import InputError
 from nnflow.files import shown
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET
+from nnflow.planning import EXACT
 from nnflow.store import ImageStore
 from nnflow.unet import LearnedVelocity, newest_checkpoint, read_state
 from nnflow.velocity import EmpiricalVelocity
