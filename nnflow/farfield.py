@@ -262,11 +262,11 @@ class NearAndFar(Support):
         return self._summed(queries, level, level.last, near)
 
     def _stand_ins(self, queries: _Queries, first: _Level, scanned: _Scanned, near: WeightedMean) -> _Rest:
-        """What a sample, weighed by all coordinates, says of the images that the first level leaves behind.
+        """What a sample, weighed as the first level weighs, says of the images that it leaves behind.
 
         Drawn ones that it passes on are taken out; each of the others stands for as many that it does not.
         """
-        level = self._level(queries, scanned, self.coordinates.rank, torch.ones_like(first.kept), fine=True)
+        level = self._level(queries, scanned, first.rank, torch.ones_like(first.kept), fine=True)
         assert scanned.places is not None
         at = torch.searchsorted(scanned.places, first.places).clamp_max(len(scanned) - 1)
         passed = first.passed & (scanned.places[at] == first.places)

@@ -31,9 +31,12 @@ LADDERS = (
     *("512/30", "512/100", "512/300", "512/500", "64/1000 512/100", "128/3000 512/100", "256/1000 512/300"),
     *("512/1000", "512/2000", "512/4000", "1024/300", "1024/1000", "1024/2000", "1024/4000"),
     *(f"{ladder} of {1 << 16}" for ladder in ("512/30", "512/100", "1024/300")),
-    *(f"{ladder} of {1 << 18}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
+    *(f"{ladder} of {1 << 18}" for ladder in ("128/100", "512/100", "512/300", "1024/300", "1024/1000")),
     *(f"{ladder} of {1 << 20}" for ladder in ("512/100", "512/300", "1024/300", "1024/1000")),
-    *(f"{ladder} rest of {1 << 18}" for ladder in ("512/100", "512/300", "512/500")),
+    f"512/500 rest of {1 << 18}",
+    *(f"256/1000 512/{keep} rest of {1 << 17}" for keep in (100, 200)),
+    *(f"256/2000 512/{keep} rest of {1 << 17}" for keep in (200, 300, 500)),
+    *(f"512/8000 1024/{keep} rest of {1 << 17}" for keep in (1000, 2000, 3000)),
 )
 # Besides, what the index finds by itself where it need not compare all images: in the lists that were
 # measured to be enough from t = .3 on, or in fewer, which are later. Of 1,281,167 images and 4,528 lists a
