@@ -36,7 +36,6 @@ LADDERS = (
     f"512/500 rest of {1 << 18}",
     *(f"256/1000 512/{keep} rest of {1 << 17}" for keep in (100, 200)),
     *(f"256/2000 512/{keep} rest of {1 << 17}" for keep in (200, 300, 500)),
-    *(f"512/8000 1024/{keep} rest of {1 << 17}" for keep in (1000, 2000, 3000)),
 )
 # Besides, what the index finds by itself where it need not compare all images: in the lists that were
 # measured to be enough from t = .3 on, or in fewer, which are later. Of 1,281,167 images and 4,528 lists a
