@@ -33,9 +33,9 @@ from nnflow.laidout import LaidOut, Rows
 _FIRST_EDGE = 32
 _HEAD = 64  # coordinates with a step of their own
 _MIDDLE = 512  # where ladders of all 1,024 and of half of them part
-# Where those of 256 do, from so many images on that a sample stands for the rest. In one piece more 50,000
-# images take a tenth more time; the first 256 of 1,281,167 would take 328 MB once more.
-_QUARTER, _MANY = 256, 1 << 19
+# Where 512 part, from so many images on that a sample stands for the rest of a scan by 256. In one piece more
+# 50,000 images take a tenth more time; the first 256 of 1,281,167 would take 328 MB once more.
+_HALF, _MANY = 256, 1 << 19
 _BLOCK_ROWS = 1 << 13  # whose squares are summed at once
 
 
@@ -109,7 +109,8 @@ class Coordinates:
         if (images.start, images.stop) != (0, count) or not fits or not integers.factor_levels():
             return Rows(self.rows[images])
         if self._laid_out is None:
-            self._laid_out = LaidOut(self.rows, cuts=(_QUARTER, _MIDDLE) if count >= _MANY else (_MIDDLE,))
+            halves = count >= _MANY and rank == _MIDDLE
+            self._laid_out = LaidOut(self.rows, cuts=(_HALF,) if halves else (_MIDDLE,))
         return self._laid_out
 
     def widest(self, rank: int) -> float:
