@@ -23,6 +23,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ FORMAT = "nnflow-settling-1"
 _BLOCK = 64  # images, hence 128 queries; twice as many are no faster at n = 50,000
 _TILE = 1 << 13  # images whose products with a block are taken at once
 _TIMED = 4  # blocks after which the rest of the time is foreseen
-_FAR_TOO_LONG = 10  # times the seconds allowed, foreseen after fewer blocks: no more are timed
+_FAR_TOO_LONG = 10  # times the seconds allowed, foreseen from a few images: no more are read
 # Two digits move an image by up to 0.035 % of its length: too much (4 % of d^2) for pairs closer than this
 # share of it, which are measured in pixels. So are those closer than _CLOSEST, where float32 ends.
 _CLOSE = 1 / 24
@@ -132,22 +133,48 @@ def settling_times(
     """
     if not 0 < risk < 1 or not tolerance > 0:
         raise InputError(f"risk {risk:g}, tolerance {tolerance:g}: wanted in (0, 1), and above 0")
-    crowd = _Crowd(index, max(1.0, -math.log(risk)))
-    step = rows_within(memory, 16 * len(index) + 32 * crowd.rows.dim, at_most=_BLOCK, what="distances")
-    starts, found, began = range(0, len(index), step), [], time.perf_counter()
+    count, dim, fall = len(index), index.store.rows().dim, max(1.0, -math.log(risk))
+    step = rows_within(memory, 16 * count + 32 * dim, at_most=_BLOCK, what="distances")
+    wanted = _foreseen(index, fall, step)
+    if wanted > _FAR_TOO_LONG * seconds:
+        _say_none(count, wanted, seconds)
+        return None
+    crowd = _Crowd(index, fall, count)
+    starts, found, began = range(0, count, step), [], time.perf_counter()
     for start in tqdm(starts, "settling", disable=not progress, unit="block"):
-        found.append(crowd.others(start, min(start + step, len(index))))
-        wanted = (time.perf_counter() - began) * len(starts) / len(found)
-        patience = seconds if len(found) == _TIMED else _FAR_TOO_LONG * seconds
-        if len(found) <= _TIMED and wanted > patience:
-            warnings.warn(
-                f"settling times of {len(index)} images would take {wanted:.0f} s, more than {seconds:g} s: "
-                "none computed, and targets ask the field at every time; allow more seconds",
-                DegradedWarning,
-                stacklevel=2,
-            )
-            return None
-    return _times(_Others.joined(found), tolerance * math.sqrt(crowd.rows.dim), risk)
+        found.append(crowd.others(start, min(start + step, count)))
+        if len(found) == _TIMED:
+            wanted = (time.perf_counter() - began) * len(starts) / _TIMED
+            if wanted > seconds:
+                _say_none(count, wanted, seconds)
+                return None
+    return _times(_Others.joined(found), tolerance * math.sqrt(dim), risk)
+
+
+def _foreseen(index: NeighbourIndex, fall: float, step: int) -> float:
+    """Seconds for all images, from the coordinates of the first few and one block's distances to those.
+
+    The coordinates of all 1,281,167 images at 64 x 64 take 7 minutes: too long to be told no only then.
+    """
+    few = min(_TILE, len(index))
+    began = time.perf_counter()
+    crowd = _Crowd(index, fall, few)
+    times = [time.perf_counter()]
+    for _ in range(_TIMED):  # the first takes memory, too
+        crowd.others(0, min(step, few))
+        times.append(time.perf_counter())
+    block = min(after - before for before, after in pairwise(times))
+    return len(index) / few * (times[0] - began + math.ceil(len(index) / step) * block)
+
+
+def _say_none(count: int, wanted: float, seconds: float) -> None:
+    """Says that settling times take too long."""
+    warnings.warn(
+        f"settling times of {count} images would take {wanted:.0f} s, more than {seconds:g} s: "
+        "none computed, and targets ask the field at every time; allow more seconds",
+        DegradedWarning,
+        stacklevel=3,
+    )
 
 
 def _times(others: _Others, reach: float, risk: float) -> Float[Tensor, " b"]:
@@ -166,15 +193,15 @@ def _times(others: _Others, reach: float, risk: float) -> Float[Tensor, " b"]:
 
 
 class _Crowd:
-    """All images, and their mirror images where they have such, as each image sees them."""
+    """The first so many images, and their mirror images where they have such, as each image sees them."""
 
-    def __init__(self, index: NeighbourIndex, fall: float) -> None:
+    def __init__(self, index: NeighbourIndex, fall: float, count: int) -> None:
         self.embedding = index.embedding
         self.rows = index.store.rows()
         self.shape = index.store.shape[1:]
         self.ways = 2 if self.rows.codec.of_pixels else 1  # an image, and its mirror image
         self.fall = fall  # of the nearest's term in L(scale): exp(-fall)
-        count, rank = len(index), len(self.embedding.principal)
+        rank = len(self.embedding.principal)
         # z_j = unit_j (254 high_j + low_j): two bytes a coordinate, because one would hide near-duplicates
         self.digits = torch.empty(2, count, rank, dtype=torch.int8)
         self.units, self.squares = torch.empty(count), torch.empty(count)

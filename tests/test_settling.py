@@ -120,7 +120,7 @@ def test_sums_are_bounded_at_every_scale(tmp_path: Path) -> None:
     pixels[1] = pixels[0]
     pixels[1, 0, 2, 2] ^= 8
     index = index_of(pixels, tmp_path)
-    others = settling._Crowd(index, 4.0).others(0, 40)
+    others = settling._Crowd(index, 4.0, 200).others(0, 40)
     squares = others_of(all_images(index.store), (3, 8, 8))[:40].square()
     nearest = torch.minimum(others.nearest, others.close.amin(1)).square()
     assert (nearest <= squares.amin(1) * (1 + 1e-6)).all()  # pixels are rounded to float32 there
@@ -243,6 +243,25 @@ def test_what_would_take_too_long_is_left(tmp_path: Path) -> None:
     index = index_of(photos(10), tmp_path)
     with pytest.warns(DegradedWarning, match="10 images would take .* more than 0 s"):
         assert settling_times(index, seconds=0.0, memory=parse_bytes("10KiB")) is None
+
+
+def test_what_would_take_far_too_long_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinates of all images alone can take minutes: told from those of the first few."""
+    seen = []
+
+    class Seen(settling._Crowd):
+        def __init__(self, index: NeighbourIndex, fall: float, count: int) -> None:
+            seen.append(count)
+            super().__init__(index, fall, count)
+
+    monkeypatch.setattr(settling, "_Crowd", Seen)
+    monkeypatch.setattr(settling, "_TILE", 4)
+    index = index_of(photos(30), tmp_path)
+    with pytest.warns(DegradedWarning, match="30 images would take"):
+        assert settling_times(index, seconds=1e-9) is None
+    assert seen == [4]
+    assert settling_times(index, seconds=600.0) is not None
+    assert seen == [4, 4, 30]
 
 
 def test_wrong_arguments_are_said(tmp_path: Path) -> None:
