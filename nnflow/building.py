@@ -40,6 +40,7 @@ from nnflow.manifest import COORDINATES, EMBEDDING, INDEX, MANIFEST, PARTS, chec
 from nnflow.pixels import PixelRows
 from nnflow.precision import full_float32
 from nnflow.probing import set_probes
+from nnflow.projection import centred
 from nnflow.store import ImageStore
 from nnflow.unfinished import Unfinished
 
@@ -199,10 +200,10 @@ def _filled(order: Order, embedding: Embedding, kept: Unfinished) -> Any:
     ):
         reserve(vectors, rows.count)
         for start, stop, block in _shown(rows, order, vectors.ntotal):
-            x = rows.codec.values_(block)
-            z = embedding.project(x)
+            x = centred(block, rows.codec, embedding.mean)
+            z = x @ embedding.principal.T
             held.put(start, empty.encoded(z))
-            searched = embedding(x) if embedding.searched is None else z[:, : embedding.searched]
+            searched = x if embedding.searched is None else z[:, : embedding.searched]
             vectors.add(np.ascontiguousarray(searched.numpy()))
             if kept.due and stop < rows.count and remembers_additions(vectors):
                 held.sync()  # first: the vectors say how many of its rows there are

@@ -20,6 +20,7 @@ from nnflow.pixels import PixelRows
 from nnflow.unfinished import Unfinished
 
 _INTEGER_DIM = 64
+_PANELS = 4  # of columns; those before each are not multiplied by it: 0.62 s for 0.91 of 32,768 x 3,072
 _EXACT_ROWS = 1024  # rows whose int8 products sum within the 2^24 up to which float32 holds every integer
 
 
@@ -107,14 +108,16 @@ def _exact_covariance(stream: Stream, step: int) -> tuple[Float[Tensor, " D"], F
 
     def add(sums: dict[str, Tensor], start: int, stop: int) -> None:
         block = (rows.pixels[start:stop] ^ 128).view(torch.int8)
-        sums["gram"] += _integer_gram(block)
+        _add_gram(block, sums["gram"])
         for some in block.split(_EXACT_ROWS):
             sums["total"] += some.float().sum(0) + 128 * len(some)
 
     sums = stream.summed("covariance", step, _nothing(rows.dim), add)
     mean = rows.codec.values_(sums["total"] / rows.count)
     centre = (mean - rows.codec.offset) * rows.codec.unit - 128
-    gram = sums["gram"].div_(rows.count).sub_(torch.outer(centre, centre))
+    gram = sums["gram"].triu_()
+    gram += gram.triu(1).T
+    gram = gram.div_(rows.count).sub_(torch.outer(centre, centre))
     return mean, gram.div_(rows.codec.unit**2)
 
 
@@ -140,15 +143,20 @@ def _float_covariance(stream: Stream, step: int) -> tuple[Float[Tensor, " D"], F
     return rows.codec.values_(centre + start), gram.div_(rows.codec.unit**2)
 
 
-def _integer_gram(block: Int[Tensor, "R D"]) -> Tensor:
-    """B'B, exact. torch._int_mm of torch 2.13 is wrong for a single column; small ones need no haste."""
-    if block.shape[1] >= _INTEGER_DIM and integers.are_fast():
-        return torch._int_mm(block.T.contiguous(), block)
-    gram = torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64)
+def _add_gram(block: Int[Tensor, "R D"], to: Float[Tensor, "D D"]) -> None:
+    """Adds B'B, exact; of its part below the diagonal only what comes along.
+
+    torch._int_mm of torch 2.13 is wrong for a single column; small ones need no haste.
+    """
+    dim = block.shape[1]
+    if dim >= _INTEGER_DIM and integers.are_fast():
+        columns, step = block.T.contiguous(), -(-dim // _PANELS)
+        for start in range(0, dim, step):
+            to[start : start + step, start:] += torch._int_mm(columns[start : start + step], block[:, start:])
+        return
     for rows in block.split(_EXACT_ROWS):
         wide = rows.float()
-        gram += wide.T @ wide
-    return gram
+        to += wide.T @ wide
 
 
 def _nothing(dim: int) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Embedding:
         principal: R x D with orthonormal rows, leading first.
         searched: how many of them an index searches; None for one that searches the pixels, unrotated.
         spectrum: variances along the principal directions, then of the rest, all D of them.
-        peaks: the largest |z_ij| of any stored image, along each of the R.
+        peaks: no stored image's |z_ij| is larger, along each of the R.
         radius: no stored image is further from the mean than this (L2).
         residual_radius: the same of the part of the images outside the directions searched.
         fitted_on: images whose covariance gave the directions.

@@ -76,10 +76,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(where, name, call)
 
-    counting(covariance, "_integer_gram")
+    counting(covariance, "_add_gram")
     counting(fitting, "_leading")
     counting(fitting, "_subset_pca")
     counting(covariance.PixelRows, "read")
+    counting(fitting.Projection, "__call__")
     counting(building, "_training_vectors")
     return calls
 
@@ -326,7 +327,7 @@ def test_faiss_that_cannot_write_is_told_and_the_build_goes_on(
             build(folder)
     counted.clear()
     build(folder)
-    assert counted["_integer_gram"] == counted["_leading"] == 0
+    assert counted["_add_gram"] == counted["_leading"] == 0
 
 
 def test_what_is_refused_leaves_nothing(folder: Path) -> None:

@@ -113,11 +113,32 @@ def test_radii_bound_every_image_and_not_by_much(store: ImageStore, rank: int | 
         assert found.residual_radius == 0
         return
     directions = found.directions.double()
+    along = centred @ found.principal.double().T
+    peaks = along.abs().amax(0)
+    assert (peaks <= found.peaks).all()
+    assert (found.peaks <= peaks + 1e-4 * found.radius).all()
     outside = (centred - (centred @ directions.T) @ directions).norm(dim=1)
     assert outside.max() <= found.residual_radius <= outside.max() * 1.001 + 0.01 * found.radius
 
 
-def test_a_small_residual_of_strong_images_is_bounded() -> None:
+@pytest.mark.parametrize("block", [1, 7])
+@pytest.mark.parametrize("last", [True, False])
+def test_the_furthest_image_is_found_in_whatever_block_it_is(block: int, last: bool) -> None:
+    """Images a hundredth further out than those before them: only they are looked at closely."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (60, D), generator=generator) * 2 - 1
+    order = torch.arange(40, 100) if last else torch.arange(99, 39, -1)
+    rows = PixelRows((127 + order[:, None] * signs).to(torch.uint8))
+    directions = torch.linalg.qr(torch.randn(D, 4, generator=generator))[0].T.contiguous()
+    stream = covariance.Stream(rows, ROOMY, module.Fitting(block, 60, None), None, False)
+    found = module._measure(stream, torch.zeros(D), directions, 4)
+    x = rows.pixels.double() / 127.5 - 1
+    outside = (x - (x @ directions.double().T) @ directions.double()).norm(dim=1).max().item()
+    assert outside <= found.residual_radius <= outside + 1e-4
+
+
+@pytest.mark.parametrize("block", [1, 1024])
+def test_a_small_residual_of_strong_images_is_bounded(block: int) -> None:
     """|x|^2 - |P x|^2 cancels where one direction holds nearly all: the bound must not be short of it."""
     short = 0
     for seed in range(40):
@@ -128,7 +149,7 @@ def test_a_small_residual_of_strong_images_is_bounded() -> None:
         rows = PixelRows((127 + strength * pattern + weak).to(torch.uint8))
         directions = pattern[None].float() / math.sqrt(D)
         mean = torch.zeros(D)
-        stream = covariance.Stream(rows, ROOMY, module.Fitting(1024, 3, None), None, False)
+        stream = covariance.Stream(rows, ROOMY, module.Fitting(block, 3, None), None, False)
         found = module._measure(stream, mean, directions, 1)
         radius, residual = found.radius, found.residual_radius
         x = rows.pixels.double() / 127.5 - 1
@@ -204,7 +225,9 @@ def test_products_of_extreme_bytes_are_exact(
     block = choices[torch.randint(4, (rows, dim), generator=generator)].to(torch.int8)
     block[:, 0] = -128
     wide = block.numpy().astype(np.int64)
-    assert torch.equal(covariance._integer_gram(block).long(), torch.from_numpy(wide.T @ wide))
+    found = torch.ones(dim, dim, dtype=torch.float64)
+    covariance._add_gram(block, found)
+    assert torch.equal(found.triu(), torch.from_numpy(1.0 + wide.T @ wide).triu())
 
 
 @pytest.mark.parametrize("count", [2, 40, 96, 97])

@@ -15,7 +15,7 @@ ORDER = """
 errors memory precision files texts filemap path weighted codec pixels
 sources.base sources.folder sources.archive sources.shards sources.tables sources.parquet sources.arrays
 sources.subset sources decode hdf5file unsealed recipes ingest store latents
-integers laidout
+integers laidout projection
 embedding unfinished covariance fitting coordinates faiss_backend probing manifest building index
 support nearfield scan residual ladder products farfield planning calibration planned velocity
 measuring calibrating settling
