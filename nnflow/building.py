@@ -213,9 +213,9 @@ def _filled(order: Order, embedding: Embedding, kept: Unfinished) -> Any:
 
 
 def _shown(rows: PixelRows, order: Order, start: int) -> Iterator[tuple[int, int, Tensor]]:
-    step = rows.block_rows(order.memory)
+    step = rows.cached_rows(order.memory)
     yield from tqdm(
-        rows.blocks(order.memory, start),
+        rows.blocks(order.memory, start, rows=step),
         "indexing",
         initial=start // step,
         total=-(-rows.count // step),

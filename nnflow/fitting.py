@@ -46,7 +46,7 @@ def fitting_of(store: ImageStore, budget: int) -> Fitting:
         InputError: a budget that no fit can keep.
     """
     count, dim = store.pixels.shape
-    block = store.rows().block_rows(budget)
+    block = store.rows().cached_rows(budget)
     if dim >= _MIN_PRODUCTS_DIM and 2 * count <= dim and count <= min(_SUBSET, _affordable(dim, budget)):
         return Fitting(block, count, None)
     # the float64 sum, then its centred copy, eigenvectors and their workspace
@@ -230,7 +230,7 @@ def _measure(
 
     def add(sums: dict[str, Tensor], start: int, stop: int) -> None:
         x = centred(rows.read(start, stop, room), rows.codec, mean)
-        whole = x.square().sum(1, dtype=torch.float64)
+        whole = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
         sums["total"] += whole.sum()
         sums["square"] = torch.maximum(sums["square"], whole.max())
         z = project(rows.pixels[start:stop], x)

@@ -17,6 +17,10 @@ from nnflow.filemap import let_go, rows_at
 from nnflow.memory import machine_memory, rows_within
 
 _BLOCK_ROWS = 1024  # 12.6 MB of float32 at d = 3,072; from 256 to 4,096 the exact field's time moves by 6 %
+# Of a block that is passed over several times, and at least so many rows: 1,024 of 12,288 values, 50 MB, are
+# centred and squared in 52 ms on 2 cores, in blocks of 256 in 8. A product of 128 rows with each is quicker
+# of the larger blocks, by a fifth.
+_CACHED, _FEWEST = 12 << 20, 64
 _copies: "WeakValueDictionary[tuple[int, int, torch.device], Tensor]" = WeakValueDictionary()
 
 
@@ -53,6 +57,10 @@ class PixelRows:
         """Rows of a float32 block that take at most a quarter of `budget` bytes."""
         return rows_within(budget, 4 * self.dim, at_most=_BLOCK_ROWS, what="pixel block", share=4)
 
+    def cached_rows(self, budget: int) -> int:
+        """Rows of a block that stays in the processor's caches, within the same budget."""
+        return min(self.block_rows(budget), max(_FEWEST, _CACHED // (4 * self.dim)))
+
     def new_block(self, rows: int) -> Float[Tensor, "R D"]:
         """Room for `rows` rows; `read` fills it, so that a stream allocates once."""
         return torch.empty(rows, self.dim, device=self.device)
@@ -72,14 +80,14 @@ class PixelRows:
         return rows.to(self.device, non_blocking=True)
 
     def blocks(
-        self, budget: int, start: int = 0, stop: int | None = None
+        self, budget: int, start: int = 0, stop: int | None = None, *, rows: int | None = None
     ) -> Iterator[tuple[int, int, Float[Tensor, "r D"]]]:
         """Rows `start` to `stop` in order: first and end of each block, and it as p, not values yet.
 
-        The block may be written to: it is filled anew for each.
+        The block may be written to: it is filled anew for each. It has `rows` rows, or `block_rows`.
         """
         stop = self.count if stop is None else stop
-        room = self.new_block(self.block_rows(budget))
+        room = self.new_block(rows or self.block_rows(budget))
         for first in range(start, stop, len(room)):
             end = min(first + len(room), stop)
             yield first, end, self.read(first, end, room)
@@ -113,7 +121,7 @@ class PixelRows:
             return self._norms
         unit = self.codec.unit
         norms = torch.empty(self.count, dtype=torch.float64, device=self.device)
-        for start, stop, block in self.blocks(budget):
+        for start, stop, block in self.blocks(budget, rows=self.cached_rows(budget)):
             # Of bytes (p - 127.5)^2 is a multiple of 1/4 up to 16,256: exact in float32, summed in float64.
             squares = block.add_(self.codec.offset * unit).square_().sum(1, dtype=torch.float64)
             norms[start:stop] = squares / unit**2

@@ -30,6 +30,23 @@ def test_a_block_takes_a_quarter_of_the_budget(pixels: torch.Tensor) -> None:
         rows.block_rows(4 * 4 * D - 1)
 
 
+@pytest.mark.parametrize(("dim", "rows"), [(3_072, 1024), (12_288, 256), (1_000_000, 64)])
+def test_blocks_that_are_passed_over_stay_in_the_caches(dim: int, rows: int) -> None:
+    wide = PixelRows(torch.empty(1, dim, dtype=torch.uint8))
+    assert wide.cached_rows(1 << 40) == rows
+    assert wide.cached_rows(4 * 7 * 4 * dim) == 7
+
+
+def test_blocks_of_any_size_are_all_rows_in_order(pixels: torch.Tensor) -> None:
+    for rows in (1, 6, N, 100, None):
+        blocks = list(PixelRows(pixels).blocks(1 << 20, 2, rows=rows))
+        assert [start for start, _, _ in blocks] == list(range(2, N, rows or 1024))
+        assert [stop for _, stop, _ in blocks[:-1]] == [start for start, _, _ in blocks[1:]]
+        assert blocks[-1][1] == N
+    found = [block.clone() for _, _, block in PixelRows(pixels).blocks(1 << 20, 2, rows=6)]
+    assert torch.equal(torch.cat(found), pixels[2:].float())
+
+
 def test_what_is_read_are_the_bytes_themselves(pixels: torch.Tensor) -> None:
     rows, before = PixelRows(pixels), pixels.clone()
     block = rows.new_block(6)
