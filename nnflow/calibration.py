@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnflow.errors import InputError, StoreError
-from nnflow.files import read_json, shown, write_json
+from nnflow.files import quoted, read_json, shown, write_json
 from nnflow.index import NeighbourIndex
 from nnflow.planning import BATCH, EXACT, Plan, Stretch, divided, seconds_of
 
@@ -187,7 +187,7 @@ class Calibration:
             StoreError: none there, not readable, or of another index.
         """
         path = index.folder / FILE
-        again = f"run: nnflow calibrate {shown(index.folder)}"
+        again = f"run: nnflow calibrate {quoted(index.folder)}"
         if not path.exists():
             raise StoreError(f"{shown(path)}: this index has not been calibrated; {again}")
         values = read_json(path, "a calibration")

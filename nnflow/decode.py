@@ -67,6 +67,10 @@ _OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
+class _OtherPixelsError(ValueError):
+    """A sound image, of pixels that are not converted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """Turns every image of a store into one shape; equal decoders give equal bytes."""
@@ -115,6 +119,8 @@ class Decoder:
             return self._fitted(_turned(flat, _orientation(image)))
         except UnreadableImageError:
             raise
+        except _OtherPixelsError as error:
+            raise UnreadableImageError(path, str(error)) from error
         except Exception as error:
             # Pillow's decoders answer hostile bytes with any of a dozen exceptions, among them
             # SyntaxError, struct.error, ValueError for large text chunks and IndexError.
@@ -196,7 +202,7 @@ def _flat(image: Image.Image, background: str) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, background), over).convert("RGB")
     if image.mode not in _OPAQUE:
-        raise ValueError(f"pixels of type {image.mode}; wanted grey, RGB, CMYK or a palette")
+        raise _OtherPixelsError(f"pixels of type {image.mode}; wanted grey, RGB, CMYK or a palette")
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 

@@ -61,7 +61,8 @@ class Nearness:
         memorised: share by d1 <= d2 / 3. Of held-out images it is the null: what the threshold
             says of images that nobody copied.
         copies: images equal to a training image in every byte (of latents: to the spacing of the stored
-            numbers); all of them count as memorised.
+            numbers). They count as memorised, but for copies by a sampler of an image stored twice, which lie
+            as near to the one as to the other but for rounding.
         histogram: of d1, L2 with pixels in [-1, 1], or of scaled latents.
     """
 
@@ -82,6 +83,7 @@ class Evaluation:
         held_out: the same figures of held-out images, the null.
         error: of the network against u* on the paths to training images.
         held_out_error: the same on the paths to held-out images, from the same noise.
+        flip: whether mirror images of training images counted as those, in `samples` and `held_out`.
         scaling: of latents, what they were multiplied by; None for pixels in [-1, 1].
         seed: of the noise and of the choice of images behind both errors, and of every draw in `quality`.
         sample_seeds: of the samples, as far as the caller knows them.
@@ -97,6 +99,7 @@ class Evaluation:
     held_out_error: VelocityError | None
     seed: int
     sample_seeds: tuple[int, ...]
+    flip: bool = False
     scaling: float | None = None
     quality: tuple[ImageQuality, ...] = ()
 
@@ -118,6 +121,7 @@ def evaluate(
     held_out: ImageSet | None = None,
     learned: Field | None = None,
     field: Field | None = None,
+    flip: bool = False,
     times: Sequence[float] = TIMES,
     pairs: int = 256,
     seed: int = 0,
@@ -137,6 +141,8 @@ def evaluate(
         learned: u_theta, called as learned(x, t) with t a float.
         field: u*, called likewise; by default the exact one of `store`. A network trained with
             flips or under labels is to be compared with the field of the same flips.
+        flip: a training image is as near as itself or its mirror image; for what was trained, or sampled,
+            with flips.
         times: where the two velocities are compared, in [0, 1).
         pairs: pairs of noise and image, the same ones at every time.
         seed: of these pairs, which do not depend on `memory`.
@@ -184,7 +190,7 @@ def evaluate(
             progress=progress,
         )
         errors = {what: comparison.error(images, labels, what) for what, images, labels in paths}
-    near = _nearness(store, sets, memory=memory, progress=progress)
+    near = _nearness(store, sets, flip=flip, memory=memory, progress=progress)
     return Evaluation(
         n=len(store),
         shape=shape,
@@ -195,6 +201,7 @@ def evaluate(
         held_out_error=errors.get("held-out images"),
         seed=seed,
         sample_seeds=tuple(int(s) for s in sample_seeds),
+        flip=flip,
         scaling=None if store.codec.of_pixels else store.codec.scaling,
         quality=quality,
     )
@@ -214,12 +221,13 @@ def _nearness(
     store: ImageStore,
     sets: dict[str, ImageSet | None],
     *,
+    flip: bool,
     memory: int,
     progress: bool,
 ) -> dict[str, Nearness]:
     """Of each set that is there, with histograms that share their edges."""
     found = {
-        what: _two_nearest(store, images, what, memory=memory, progress=progress)
+        what: _two_nearest(store, images, what, flip=flip, memory=memory, progress=progress)
         for what, images in sets.items()
         if images is not None
     }
@@ -235,7 +243,7 @@ def _nearness(
 
 
 def _two_nearest(
-    store: ImageStore, images: ImageSet, what: str, *, memory: int, progress: bool
+    store: ImageStore, images: ImageSet, what: str, *, flip: bool, memory: int, progress: bool
 ) -> tuple[Tensor, int]:
     """Distances (S, 2) of `images` to the two nearest of `store`, and how many are copies."""
     # Half for the images and their neighbours (float32, three of each alive), half for the scan.
@@ -246,10 +254,9 @@ def _two_nearest(
         for start in range(0, len(images), rows):
             ids = torch.arange(start, min(start + rows, len(images)))
             block = take(images, ids)
-            near = nearest_images(store, block, 2, memory=memory // 2)
+            near = nearest_images(store, block, 2, flip=flip, memory=memory // 2)
             distances.append(near.distances.cpu())
-            nearest = store.images(near.ids[:, 0].cpu())
-            copies += int(store.codec.same(block.flatten(1), nearest.flatten(1)).sum())
+            copies += int(store.codec.same(block.flatten(1), near.images(store).flatten(1)).sum())
             bar.update(len(ids))
     return torch.cat(distances), copies
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def shown(name: object) -> str:
     r"""`name` with control characters, line ends and lone surrogates escaped: safe in a terminal."""
     text = str(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(path: Path) -> str:
+    """`path` as a shell takes it, `shown`: for commands that an error suggests."""
+    return shlex.quote(shown(path))
 
 
 @contextlib.contextmanager

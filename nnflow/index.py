@@ -32,7 +32,7 @@ from nnflow.faiss_backend import (
     search_lists,
     search_within,
 )
-from nnflow.files import folder_lock, shown
+from nnflow.files import folder_lock, quoted, shown
 from nnflow.manifest import (
     COORDINATES,
     EMBEDDING,
@@ -46,6 +46,7 @@ from nnflow.manifest import (
 )
 from nnflow.memory import DEFAULT_BUDGET
 from nnflow.store import ImageStore
+from nnflow.unfinished import FOLDER as UNFINISHED
 from nnflow.unfinished import discard
 
 _NORM_ROWS = 1 << 13  # vectors squared at once
@@ -179,8 +180,7 @@ class NeighbourIndex:
         """
         folder = Path(path)
         if not (folder / MANIFEST).exists():
-            state = "a build that has not ended" if folder.is_dir() else "no such folder"
-            raise StoreError(f"{shown(folder)}: {state}; run: nnflow index SOURCE {shown(folder)}")
+            raise StoreError(_absent(folder))
         manifest = read_manifest(folder)
         for name in PARTS:
             check_part(folder / name, manifest["files"][name])
@@ -303,3 +303,12 @@ class NeighbourIndex:
         if self._on_gpu is not None and k > MAX_GPU_K:
             raise InputError(f"k = {k}: faiss on a GPU answers at most {MAX_GPU_K}; lower k")
         return k
+
+
+def _absent(folder: Path) -> str:
+    """Why there is no index in `folder`, and what makes one."""
+    if not folder.is_dir():
+        return f"{shown(folder)}: no such folder; run: nnflow index SOURCE {quoted(folder)}"
+    if any(folder.glob("images.h5*")) or (folder / UNFINISHED).exists():
+        return f"{shown(folder)}: a build that has not ended; run: nnflow index SOURCE {quoted(folder)}"
+    return f"{shown(folder)}: no index in this folder; name what nnflow index wrote, its OUT"

@@ -155,13 +155,14 @@ def count_memorised(distances: Tensor, *, ratio: float = MEMORISED_RATIO) -> Mem
 
 
 def memorised_fraction(
-    samples: Tensor, index: NeighbourIndex, *, ratio: float = MEMORISED_RATIO
+    samples: Tensor, index: NeighbourIndex, *, flip: bool = False, ratio: float = MEMORISED_RATIO
 ) -> MemorisedFraction:
     """Memorised share of `samples` against all images behind `index`, by an exact scan of them.
 
     Args:
         samples: float32 (S, C, H, W) in [-1, 1].
         index: only its store is used; an approximate search would miss neighbours.
+        flip: mirror images count as their image, as they must of what was trained or sampled with flips.
         ratio: the threshold of eq. 1.
 
     Raises:
@@ -171,7 +172,8 @@ def memorised_fraction(
     need_two(len(index.store))
     if samples.shape[0] == 0:
         raise InputError("no samples: the memorised fraction of nothing is undefined; pass at least one")
-    return count_memorised(nearest_images(index.store, samples.cpu(), 2).distances, ratio=ratio)
+    near = nearest_images(index.store, samples.cpu(), 2, flip=flip)
+    return count_memorised(near.distances, ratio=ratio)
 
 
 def need_two(stored: int) -> None:

@@ -12,7 +12,7 @@ Axes:  B queries   R images of a block   n images   K images weighed by differen
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -140,10 +140,18 @@ class Nearest:
     Attributes:
         ids: rows of the store.
         distances: L2 in units of the values, by difference.
+        mirrored: whether it is the image's mirror image that lies so near.
     """
 
     ids: Int[Tensor, "S k"]
     distances: Float[Tensor, "S k"]
+    mirrored: Bool[Tensor, "S k"]
+
+    def images(self, store: ImageStore, place: int = 0) -> Float[Tensor, "S C H W"]:
+        """The images at one `place` in the order, mirrored where those are meant."""
+        found = store.images(self.ids[:, place].cpu())
+        found[self.mirrored[:, place].cpu()] = found[self.mirrored[:, place].cpu()].flip(-1)
+        return found
 
 
 @full_float32()
@@ -152,6 +160,7 @@ def nearest_images(
     x: Tensor,
     k: int,
     *,
+    flip: bool = False,
     memory: int = DEFAULT_BUDGET,
     progress: bool = False,
 ) -> Nearest:
@@ -164,11 +173,12 @@ def nearest_images(
         store: the images.
         x: float (S, C, H, W), as the field takes them; the answer is where it is.
         k: neighbours wanted.
+        flip: an image is as near as itself or its mirror image, whichever is nearer.
         memory: working memory in bytes.
         progress: show a bar on stderr.
 
     Raises:
-        InputError: k outside 1 ... n, a shape that is not the store's, or NaN.
+        InputError: k outside 1 ... n, a shape that is not the store's, NaN, or latents to be mirrored.
     """
     if not 1 <= k <= len(store):
         raise InputError(f"k = {k} neighbours: wanted 1 to the {len(store)} images stored")
@@ -177,13 +187,33 @@ def nearest_images(
             f"images of shape {tuple(x.shape)}: wanted finite values of shape (S, "
             f"{', '.join(map(str, store.shape[1:]))})"
         )
+    store.refuse_flip(flip)
     store.check_unchanged()
     rows = store.rows(x.device)
-    flat = x.detach().flatten(1).float()
-    wanted = min(k + _WEIGHED, len(store))
+    found = _nearest(rows, x.detach().flatten(1).float(), k, memory, progress)
+    if not flip:
+        return found
+    return _nearer(found, _nearest(rows, x.detach().flip(-1).flatten(1).float(), k, memory, progress))
+
+
+def _nearer(one: Nearest, mirrored: Nearest) -> Nearest:
+    """The k nearest of two searches, each image once: as near as in the search that has it nearer.
+
+    The k nearest are among the k of either, as an image is one of the k nearest where it is nearer.
+    """
+    k = one.ids.shape[1]
+    distances, order = torch.cat([one.distances, mirrored.distances], 1).sort(dim=1, stable=True)
+    ids = torch.cat([one.ids, mirrored.ids], 1).gather(1, order)
+    again = (ids[:, :, None] == ids[:, None]).tril(-1).any(2)
+    first = again.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    return Nearest(ids.gather(1, first), distances.gather(1, first), (order >= k).gather(1, first))
+
+
+def _nearest(rows: PixelRows, flat: Float[Tensor, "S D"], k: int, memory: int, progress: bool) -> Nearest:
+    wanted = min(k + _WEIGHED, rows.count)
     # scores of one block and the differences of the candidates
     per_query = 8 * rows.block_rows(memory) + 8 * wanted * rows.dim
-    chunk = rows_within(memory, per_query, at_most=len(x), what="scores", share=2)
+    chunk = rows_within(memory, per_query, at_most=len(flat), what="scores", share=2)
     ids, distances = [], []
     for queries in tqdm(flat.split(chunk), "nearest images", disable=not progress):
         places = _top_by_expansion(rows, queries, wanted, memory)
@@ -193,7 +223,8 @@ def nearest_images(
         order = squares.argsort(dim=1, stable=True)[:, :k]
         ids.append(places.gather(1, order))
         distances.append(squares.gather(1, order).sqrt())
-    return Nearest(torch.cat(ids), torch.cat(distances))
+    places = torch.cat(ids)
+    return Nearest(places, torch.cat(distances), torch.zeros_like(places, dtype=torch.bool))
 
 
 def _top_by_expansion(rows: PixelRows, x: Float[Tensor, "S D"], k: int, budget: int) -> Int[Tensor, "S k"]:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from nnflow import integers
 from nnflow.errors import DegradedWarning, InputError, StoreError
-from nnflow.files import shown, whole_file
+from nnflow.files import quoted, shown, whole_file
 from nnflow.index import NeighbourIndex
 from nnflow.memory import DEFAULT_BUDGET, rows_within
 from nnflow.precision import full_float32
@@ -336,7 +336,7 @@ def read_settling(store: ImageStore) -> Float[Tensor, " n"] | None:
         StoreError: not readable, of another version, or of other images.
     """
     path = store.folder / SETTLING
-    again = f"remove it, or run: nnflow calibrate {shown(store.folder)}"
+    again = f"remove it, or run: nnflow calibrate {quoted(store.folder)}"
     if not path.exists():
         return None
     try:

@@ -25,7 +25,7 @@ SMALL, MEDIUM, LARGE = 20, 24, 28  # letter heights in pixels, legible at half s
 
 Number = int | float
 
-_SYMBOLS = {"u_theta": r"$u_\theta$", "u*": r"$u^{*}$", "tau": r"$\tau$"}
+_SYMBOLS = {"u_theta": r"$u_\theta$", "u*": r"$u^{*}$", "p_t": "$p_t$", "tau": r"$\tau$"}
 _TOKEN = re.compile(r"\bu_theta\b|\bu\*|\btau\b")
 
 

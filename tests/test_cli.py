@@ -147,6 +147,85 @@ def test_a_class_and_the_nearest_estimator(built: Path, run: Run, tmp_path: Path
     assert max(entry["distance"] for entry in entries) < 1e-4
 
 
+def test_mirrored_copies_are_copies_of_what_was_mirrored(built: Path, run: Run, tmp_path: Path) -> None:
+    """Half of the samples of a mirrored u* are mirror images: all 16 are memorised, and shown so."""
+    drawn, judged = tmp_path / "samples", tmp_path / "judged"
+    run(
+        "sample",
+        "--index",
+        built / "index",
+        "--estimator",
+        "exact",
+        "--flip",
+        "--seeds",
+        "0-15",
+        "--out",
+        drawn,
+    )
+    entries = json.loads((drawn / "nearest.json").read_text())["empirical"]
+    assert max(entry["distance"] for entry in entries) < 1e-4
+    assert 2 < sum(entry["mirrored"] for entry in entries) < 14
+    code, out, _ = run("evaluate", "--index", built / "index", "--samples", drawn, "--out", judged)
+    assert code == 0
+    assert "16 of 16 memorised" in out
+    assert "mirror images counted" in out
+    config = json.loads((drawn / "config.json").read_text())
+    (drawn / "config.json").write_text(json.dumps(config | {"flip": False, "mirrored": False}))
+    _, out, _ = run("evaluate", "--index", built / "index", "--samples", drawn, "--out", tmp_path / "plain")
+    assert "16 of 16" not in out
+    assert "mirror images counted" not in out
+
+
+def test_samples_drawn_beside_other_images_are_told(built: Path, run: Run, tmp_path: Path) -> None:
+    drawn = tmp_path / "samples"
+    run("sample", "--index", built / "index", "--estimator", "exact", "--seeds", "0-3", "--out", drawn)
+    for name, told in (("index", False), ("other", True)):
+        _, _, err = run("evaluate", "--index", built / name, "--samples", drawn, "--out", tmp_path / name)
+        assert ("drawn beside other images" in err) == told
+
+
+def test_copies_of_images_stored_twice_are_told(run: Run, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", count=4)
+    write_images(tmp_path / "images" / "again", count=4)
+    run("index", tmp_path / "images", tmp_path / "out", "--size", 4, "--calibration-seconds", 0)
+    run(
+        "sample",
+        "--index",
+        tmp_path / "out",
+        "--estimator",
+        "exact",
+        "--seeds",
+        "0-7",
+        "--out",
+        tmp_path / "s",
+    )
+    _, out, _ = run(
+        "evaluate", "--index", tmp_path / "out", "--samples", tmp_path / "s", "--out", tmp_path / "e"
+    )
+    copies = json.loads((tmp_path / "e" / "evaluation.json").read_text())["samples"]["copies"]
+    memorised = json.loads((tmp_path / "e" / "evaluation.json").read_text())["samples"]["memorised"][
+        "memorised"
+    ]
+    assert copies == 8
+    assert (f"; {copies} equal in every byte" in out) == (memorised < copies)
+
+
+def test_a_folder_that_is_no_index_is_told_from_one_that_is_not_done(run: Run, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "my photos")
+    code, _, err = run("info", images)
+    assert code == 2
+    assert "no index in this folder; name what nnflow index wrote" in one_line(err)
+    code, _, err = run("info", tmp_path / "no such place")
+    assert f"no such folder; run: nnflow index SOURCE '{tmp_path}/no such place'" in one_line(err)
+
+
+def test_help_shows_its_examples_line_by_line(run: Run) -> None:
+    _, out, _ = run("--help")
+    examples = [line for line in out.splitlines() if line.startswith("  nnflow ")]
+    assert len(examples) == 5
+    assert "\\b" not in out
+
+
 def test_samples_of_a_run_are_those_of_its_weights(built: Path, run: Run, tmp_path: Path) -> None:
     run("sample", "--index", built / "index", "--run", built / "run", "--field", "learned",
         "--seeds", "3", "--steps", "1", "--out", tmp_path)  # fmt: skip

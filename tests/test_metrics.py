@@ -140,6 +140,14 @@ def test_copies_count_and_midpoints_do_not(index):
     assert (found.fraction, found.images) == (0.25, 4)
 
 
+def test_mirrored_copies_count_where_mirror_images_do(index):
+    images = index.store.images(torch.tensor([0, 1, 3, 4])).flip(-1)
+    assert memorised_fraction(images, index).memorised == 0
+    assert memorised_fraction(images, index, flip=True).memorised == 4
+    midpoints = (images + images.roll(1, 0)) / 2
+    assert memorised_fraction(midpoints, index, flip=True).memorised == 0
+
+
 def test_memorised_follows_the_threshold_along_a_line(index):
     """From image 0 towards its nearest, d1 / d2 = s / (1 - s), which is 1/3 at s = 1/4."""
     images = index.store.images(torch.arange(12))

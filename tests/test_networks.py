@@ -114,7 +114,7 @@ def test_nearness_by_hand(tmp_path: Path) -> None:
     pixels = torch.tensor([0, 255]).byte()[:, None, None, None].expand(2, 1, 2, 2)
     store = store_of(pixels, tmp_path)
     queries = torch.tensor([-1.0, -0.75, 0.25])[:, None, None, None].expand(3, 1, 2, 2)
-    found = nearness(store, queries, memory=1 << 24)
+    found = nearness(store, queries, flip=False, memory=1 << 24)
     assert found["distances"] == pytest.approx([0, 0.5, 1.5])
     assert found["nearest"] == [0, 0, 1]
     assert found["quantiles"]["p50"] == pytest.approx(0.5)
@@ -180,7 +180,7 @@ def test_tau_leads_from_the_network_to_the_training_images(
     assert max(memorised["near"]["distances"]) < 1e-5
     assert own["from_memorised"] == memorised["from_own"] > 1
     images = sample(HybridVelocity(inputs.field(), learned, 0.3), noise_of(range(6), (3, 4, 4)), 40)
-    wanted = nearness(index.store, images, memory=1 << 24)
+    wanted = nearness(index.store, images, flip=inputs.flip, memory=1 << 24)
     assert between["near"]["distances"] == pytest.approx(wanted["distances"], abs=0.05)
     assert document.results["null"]["near"]["memorised"]["images"] == 7
     for path in TAU.draw(document, tmp_path / "out"):

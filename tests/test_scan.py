@@ -47,6 +47,27 @@ def test_nearest_are_those_of_brute_force(store: ImageStore, k: int, blocks: str
     assert all(len(set(ids)) == k for ids in found.ids.tolist())
 
 
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_mirror_images_are_as_near_as_their_image(store: ImageStore, k: int) -> None:
+    """Each image once, at the smaller of its two distances; among the queries mirrored copies."""
+    x = torch.cat(
+        [queries(20, 0.3), store.images(torch.tensor([3, 50])), store.images(torch.arange(4)).flip(-1)]
+    )
+    found = nearest_images(store, x, k, flip=True)
+    as_it_is, mirrored = distances_to(store, x), distances_to(store, x.flip(-1))
+    wanted = torch.minimum(as_it_is, mirrored).sort(1).values[:, :k]
+    torch.testing.assert_close(found.distances.double(), wanted, rtol=1e-6, atol=1e-6)
+    either = torch.where(found.mirrored, mirrored.gather(1, found.ids), as_it_is.gather(1, found.ids))
+    torch.testing.assert_close(either, wanted, rtol=1e-6, atol=1e-6)
+    assert all(len(set(ids)) == k for ids in found.ids.tolist())
+    assert found.ids[-4:, 0].tolist() == [0, 1, 2, 3]
+    assert found.mirrored[-4:, 0].all()
+    assert not found.mirrored[20:22, 0].any()
+    torch.testing.assert_close(found.images(store)[20:], x[20:])
+    assert 2 < int(found.mirrored[:20, 0].sum()) < 18
+    assert not nearest_images(store, x, k).mirrored.any()
+
+
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 33, N])
 def test_any_number_of_images_against_a_block_of_seven(tmp_path: Path, count: int) -> None:
     few = store_of(pixels_of(count), tmp_path)

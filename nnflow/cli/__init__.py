@@ -22,7 +22,7 @@ __all__ = ["cli", "main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="nnflow")
 def cli() -> None:
-    r"""The closed-form velocity of flow matching on your own images.
+    """The closed-form velocity of flow matching on your own images.
 
     \b
     nnflow index photos/ OUT --size 32        from images to an index
@@ -30,7 +30,7 @@ def cli() -> None:
     nnflow sample --index OUT --run runs/a --field empirical,learned --out samples/a
     nnflow evaluate --index OUT --run runs/a --samples samples/a --out evaluation/a
     nnflow figures all --index OUT --run runs/a --out figures     the paper's experiments
-    """
+    """  # noqa: D301 - click wants the character itself
 
 
 for command in (index, info, calibrate, train, sample, classifier, evaluate, figures, report):

@@ -18,7 +18,7 @@ from nnflow.cli.options import (
     memory_option,
     new_folder,
 )
-from nnflow.cli.sample import read_samples
+from nnflow.cli.sample import config_beside, read_samples
 from nnflow.errors import InputError
 from nnflow.evaluation import Evaluation
 from nnflow.evaluation import evaluate as measure
@@ -58,7 +58,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure memorisation of samples and the error of a network against u*.
 
-    A sample counts as memorised when it is three times nearer to one training image than to any other.
+    A sample counts as memorised when it is three times nearer to one training image than to any other; of
+    what was trained or sampled with flips, to that image or its mirror image. Copies of an image stored
+    twice do not count: how many equal an image in every byte is said where it is more.
     With --features, Frechet distance (FID in these features), KID, precision and recall of samples against
     training and held-out images, and of as many held-out images against the training images, the null.
     Writes evaluation.json, distances.png (with --samples or --held-out) and error.png (with --run).
@@ -72,12 +74,20 @@ def evaluate(
     images, seeds = (None, ()) if samples is None else read_samples(samples)
     extractors = [chosen_extractor(name, index, store, where) for name in features]
     learned = field = None
+    made = {} if samples is None else config_beside(samples)
+    if made.get("fingerprint", store.fingerprint) != store.fingerprint:
+        click.echo(
+            f"nnflow: note: {shown(samples)} was drawn beside other images than {shown(index)}'s", err=True
+        )
+    # Samples say whether a mirrored copy is a copy; those made before that was looked at, whether u* was.
+    flip = bool(made.get("mirrored", made.get("flip", False)))
     chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
     if run is not None:
         learned = learned_field(run, store, ema=True, device=where)
         # A network trained with flips regresses on the field of the flipped images too.
-        flip = learned.config is not None and learned.config.flip
-        field = empirical_field(index, chosen, flip=flip, memory=memory, device=where)
+        trained = learned.config is not None and learned.config.flip
+        field = empirical_field(index, chosen, flip=trained, memory=memory, device=where)
+        flip |= trained
     new_folder(out)  # before the work, not after it: an OUT that cannot be written is told at once
     result = measure(
         store,
@@ -85,6 +95,7 @@ def evaluate(
         held_out=None if held_out is None else ImageStore.open(held_out),
         learned=learned,
         field=field,
+        flip=flip,
         pairs=pairs,
         seed=seed,
         sample_seeds=seeds,
@@ -115,7 +126,9 @@ def _write(out: Path, result: Evaluation, config: dict[str, Any]) -> None:
     for name in ("samples", "held_out"):
         near = getattr(result, name)
         if near is not None:
-            click.echo(f"{name.replace('_', '-')}: {_in_words(near.memorised)}")
+            copies = f"; {near.copies} equal in every byte" if near.copies > near.memorised.memorised else ""
+            mirrored = ", mirror images counted" if result.flip else ""
+            click.echo(f"{name.replace('_', '-')}: {_in_words(near.memorised)}{mirrored}{copies}")
     for found in result.quality:
         _tell(found)
     if result.error is not None:

@@ -108,6 +108,8 @@ def sample(
     if set(fields) & {"empirical", "hybrid"}:
         chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
         empirical = empirical_field(index, chosen, flip=flip, memory=memory, device=where)
+    # Of a field or a network of mirror images a mirrored copy is a copy.
+    mirrored = flip or (learned is not None and learned.config is not None and learned.config.flip)
     new_folder(out)  # before the work, not after it: an OUT that cannot be written is told at once
     drawn = []
     for slug, heading, field in _columns(fields, taus, empirical, learned):
@@ -115,13 +117,14 @@ def sample(
         images = integrate(
             field, list(seeds), steps=steps, method=method, label=label, batch=batch, progress=True
         )
-        nearest = nearest_images(store, images, min(2, len(store)), memory=memory)
+        nearest = nearest_images(store, images, min(2, len(store)), flip=mirrored, memory=memory)
         drawn.append(_Drawn(slug=slug, heading=heading, images=images, nearest=nearest))
     config = {
         "index": str(index), "fingerprint": store.fingerprint, "run": None if run is None else str(run),
         "fields": list(fields), "taus": list(taus) if "hybrid" in fields else [], "seeds": list(seeds),
         "scaling": None if store.codec.of_pixels else store.codec.scaling,
         "steps": steps, "method": method, "class": class_name, "flip": flip, "ema": ema,
+        "mirrored": mirrored,
         **({} if chosen is None else asdict(chosen)),
     }  # fmt: skip
     shown_as = None
@@ -189,7 +192,7 @@ def _write(
                 Column(
                     name=column.heading,
                     images=shown_as(column.images[rows]),
-                    nearest=shown_as(store.images(column.nearest.ids[rows, 0])),
+                    nearest=shown_as(column.nearest.images(store)[rows]),
                     distances=column.nearest.distances[rows, 0],
                 )
                 for column in drawn
@@ -205,10 +208,14 @@ def _write(
 
 
 def _neighbours(store: ImageStore, column: _Drawn, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """For each sample its nearest training image, and how far the two nearest are (L2 of the values)."""
+    """For each sample its nearest training image, and how far the two nearest are (L2 of the values).
+
+    `mirrored`: it is the mirror image of the training image that lies so near.
+    """
     rows = []
-    for seed, ids, distances in zip(
-        seeds, column.nearest.ids.tolist(), column.nearest.distances.tolist(), strict=True
+    near = column.nearest
+    for seed, ids, distances, mirrored in zip(
+        seeds, near.ids.tolist(), near.distances.tolist(), near.mirrored.tolist(), strict=True
     ):
         label = int(store.labels[ids[0]])
         rows.append(
@@ -217,6 +224,7 @@ def _neighbours(store: ImageStore, column: _Drawn, seeds: tuple[int, ...]) -> li
                 "nearest": ids[0],
                 "path": shown(store.paths[ids[0]]),
                 "class": shown(store.classes[label]) if label >= 0 else None,
+                "mirrored": mirrored[0],
                 "distance": distances[0],
                 "second_distance": distances[1] if len(distances) > 1 else None,
             }
@@ -244,12 +252,11 @@ def read_samples(path: Path) -> tuple[Tensor, tuple[int, ...]]:
         raise InputError(f"{shown(path)}: not a readable .npy array of samples ({shown(error)})") from error
     if not isinstance(array, np.ndarray) or array.ndim != 4 or array.dtype != np.float32:
         raise InputError(f"{shown(path)}: wanted a float32 array (S, C, H, W) as nnflow sample writes")
-    return torch.from_numpy(array), _seeds_beside(path, len(array))
+    seeds = config_beside(path).get("seeds", [])
+    return torch.from_numpy(array), tuple(seeds) if len(seeds) == len(array) else ()
 
 
-def _seeds_beside(path: Path, count: int) -> tuple[int, ...]:
-    config = path.parent / "config.json"
-    if not config.exists():
-        return ()
-    seeds = read_json(config, "the configuration of nnflow sample").get("seeds", [])
-    return tuple(seeds) if len(seeds) == count else ()
+def config_beside(path: Path) -> dict[str, Any]:
+    """What `nnflow sample` wrote of how it made the samples at `path`; empty where nothing is."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(config, "the configuration of nnflow sample") if config.exists() else {}

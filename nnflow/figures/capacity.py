@@ -19,7 +19,7 @@ from nnflow.evaluation import evaluate
 from nnflow.figures.drawn.capacity import draw
 from nnflow.figures.experiment import Document, Experiment, facts
 from nnflow.figures.inputs import Inputs, weights_fingerprint
-from nnflow.figures.networks import TrainingSettings, nearness, subset, trained, unseen
+from nnflow.figures.networks import TrainingSettings, nearness, nearness_key, subset, trained, unseen
 from nnflow.figures.parts import Parts
 from nnflow.figures.pictures import to_text
 from nnflow.sampling import sample
@@ -80,6 +80,7 @@ def measure(settings: CapacitySettings, inputs: Inputs, parts: Parts) -> Capacit
             run = trained(f"run-{count}-seed-{seed}", store, config, parts, progress=inputs.progress)
             asked = {name: getattr(settings, name) for name in ("pairs", "samples", "sample_steps", "shown")}
             key = {"weights": weights_fingerprint(run), "images": store.fingerprint, "unseen": about, **asked}
+            key |= nearness_key(flip=config.flip)
             measured = partial(_measured, settings, inputs, store, others, LearnedVelocity.open(run), config)
             value = parts.get(f"network-{count}-seed-{seed}", key, measured)
             found.append({"count": count, "seed": seed, "step": config.steps, **value})
@@ -107,17 +108,27 @@ def _measured(
         progress=inputs.progress,
     ).to_dict()
     images = sample(learned, list(range(settings.samples)), settings.sample_steps, progress=inputs.progress)
-    near = nearness(store, images, memory=inputs.memory)
+    near = nearness(store, images, flip=config.flip, memory=inputs.memory)
     shown = slice(0, settings.shown)
     return {
         "parameters": sum(weight.numel() for weight in learned.parameters()),
         "error": found["error"],
         "held_out_error": found["held_out_error"],
         "near": near,
-        "null": None if others is None else nearness(store, others, memory=inputs.memory),
+        "null": None if others is None else nearness(store, others, flip=config.flip, memory=inputs.memory),
         "samples": to_text(images[shown]),
-        "nearest": to_text(store.images(torch.tensor(near["nearest"][shown]))),
+        "nearest": to_text(_nearest(store, near, shown)),
     }
+
+
+def _nearest(store: ImageStore, near: dict[str, Any], shown: slice) -> Tensor:
+    """The training images nearest to the samples shown, mirrored where these are so."""
+    images, mirrored = (
+        store.images(torch.tensor(near["nearest"][shown])),
+        torch.tensor(near["mirrored"][shown]),
+    )
+    images[mirrored] = images[mirrored].flip(-1)
+    return images
 
 
 def caption(document: Document) -> str:

@@ -128,6 +128,12 @@ class Inputs:
             )
         return learned
 
+    @property
+    def flip(self) -> bool:
+        """Whether the network of the run, if any, was trained with mirror images."""
+        config = None if self.run is None else self.learned.config
+        return config is not None and config.flip
+
     def field(self, *, flip: bool = False, exact: bool = False) -> EmpiricalVelocity:
         """u* of the index: within the tolerance asked for, or exact where none was or `exact` says so."""
         if self.tolerance is None or exact:

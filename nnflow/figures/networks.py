@@ -150,10 +150,18 @@ def unseen(
     return inputs.store.images(torch.from_numpy(chosen)), about
 
 
-def nearness(store: ImageStore, images: ImageStore | Tensor, *, memory: int) -> dict[str, Any]:
-    """How near `images` lie to those of `store`, for JSON: memorised share, quantiles, each distance."""
+def nearness_key(*, flip: bool) -> dict[str, Any]:
+    """What tells a part that `nearness` made with `flip` from one without, which came before it."""
+    return {"mirrored": True} if flip else {}
+
+
+def nearness(store: ImageStore, images: ImageStore | Tensor, *, flip: bool, memory: int) -> dict[str, Any]:
+    """How near `images` lie to those of `store`, for JSON: memorised share, quantiles, each distance.
+
+    With `flip` an image of the store is as near as itself or its mirror image.
+    """
     queries = images if isinstance(images, Tensor) else images.images(torch.arange(len(images)))
-    near = nearest_images(store, queries, 2, memory=memory)
+    near = nearest_images(store, queries, 2, flip=flip, memory=memory)
     first = near.distances[:, 0].double()
     quantiles = first.quantile(torch.tensor(_QUANTILES, dtype=torch.float64))
     return {
@@ -161,4 +169,5 @@ def nearness(store: ImageStore, images: ImageStore | Tensor, *, memory: int) -> 
         "quantiles": dict(zip([f"p{100 * q:.0f}" for q in _QUANTILES], quantiles.tolist(), strict=True)),
         "distances": first.tolist(),
         "nearest": near.ids[:, 0].tolist(),
+        "mirrored": near.mirrored[:, 0].tolist(),
     }

@@ -22,7 +22,7 @@ from nnflow.figures.compared import Compared, extractors, joined
 from nnflow.figures.drawn.targets import draw
 from nnflow.figures.experiment import Document, Experiment, facts
 from nnflow.figures.inputs import Inputs, weights_fingerprint
-from nnflow.figures.networks import TrainingSettings, trained
+from nnflow.figures.networks import TrainingSettings, nearness_key, trained
 from nnflow.figures.parts import Parts
 from nnflow.figures.pictures import to_text
 from nnflow.files import shown
@@ -157,6 +157,7 @@ class _Study:
             "held_out": self.held_out_key,
             "extractors": {called: extractor.identity for called, extractor in self.extractors.items()},
             **{knob: getattr(settings, knob) for knob in asked},
+            **nearness_key(flip=settings.config_of(name, seed).flip),
         }
         measured = partial(self._measured, run, settings.config_of(name, seed))
         return self.parts.get(f"network-{name}-seed-{seed}", key, measured)
@@ -186,7 +187,7 @@ class _Study:
         return {
             "points": points,
             "parameters": sum(weight.numel() for weight in learned.parameters()),
-            "memorised": asdict(memorised_fraction(images, inputs.opened)),
+            "memorised": asdict(memorised_fraction(images, inputs.opened, flip=config.flip)),
             "error": found["error"],
             "held_out_error": found["held_out_error"],
             "samples": to_text(images[: settings.shown]),

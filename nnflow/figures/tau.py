@@ -18,7 +18,7 @@ from nnflow.features import FeatureExtractor, Scripted, feature_blocks
 from nnflow.figures.drawn.tau import draw
 from nnflow.figures.experiment import Document, Experiment, Settings, facts
 from nnflow.figures.inputs import Inputs
-from nnflow.figures.networks import nearness
+from nnflow.figures.networks import nearness, nearness_key
 from nnflow.figures.parts import Parts
 from nnflow.figures.pictures import from_text, to_text
 from nnflow.imageset import ImageSet
@@ -68,6 +68,7 @@ def measure(settings: TauSettings, inputs: Inputs, parts: Parts) -> Tau:
     taus = sorted({0.0, 1.0, *settings.taus})
     key = inputs.field_key | {"run": inputs.run_fingerprint, "steps": settings.steps}
     key |= {"samples": settings.samples}
+    key |= nearness_key(flip=inputs.flip)
     found = []
     for tau in taus:
         drawn = parts.get(f"tau-{tau:g}", key | {"tau": tau}, partial(_sampled, tau, settings, inputs))
@@ -81,14 +82,16 @@ def measure(settings: TauSettings, inputs: Inputs, parts: Parts) -> Tau:
 
 def _sampled(tau: float, settings: TauSettings, inputs: Inputs) -> dict[str, Any]:
     """The samples at one tau, and how near they are to the training images."""
-    learned = inputs.learned
-    flip = learned.config is not None and learned.config.flip
+    learned, flip = inputs.learned, inputs.flip
     hybrid = HybridVelocity(inputs.field(flip=flip), learned, tau)
     labels = torch.arange(settings.samples) % learned.classes if learned.classes else None
     noise = noise_of(range(settings.samples), inputs.store.shape[1:])
     images = sample(hybrid, noise, settings.steps, label=labels, progress=inputs.progress)
     texts = to_text(images)
-    return {"images": texts, "near": nearness(inputs.store, from_text(texts), memory=inputs.memory)}
+    return {
+        "images": texts,
+        "near": nearness(inputs.store, from_text(texts), flip=flip, memory=inputs.memory),
+    }
 
 
 def _switch(at: dict[str, Any], own: dict[str, Any], memorised: dict[str, Any], shown: int) -> dict[str, Any]:
@@ -127,9 +130,10 @@ def _null(
     ids = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[: settings.unseen]
     images = held_out.images(ids)
     key = {"images": inputs.store.fingerprint, "held_out": held_out.fingerprint, "unseen": settings.unseen}
+    key |= nearness_key(flip=inputs.flip)
 
     def near() -> dict[str, Any]:
-        return nearness(inputs.store, images, memory=inputs.memory)
+        return nearness(inputs.store, images, flip=inputs.flip, memory=inputs.memory)
 
     features = _features(extractor, images, inputs, parts, key, "features-null")
     return {"near": parts.get("null", key, near), "features": features}, ()

@@ -108,19 +108,13 @@ def measure(settings: TrajectorySettings, inputs: Inputs, parts: Parts) -> Traje
             job = _Job(settings, inputs, seeds, frames, shown)
             found.append(parts.get(f"seeds-{start:05d}", some, job.measure))
             bar.update(len(seeds))
-    return _joined(found, times, frames, flip=_flip(inputs))
+    return _joined(found, times, frames, flip=inputs.flip)
 
 
 def _frames(settings: TrajectorySettings) -> tuple[float, ...]:
     """The starts of steps nearest to the times asked for."""
     steps = {min(settings.steps - 1, round(t * settings.steps)) for t in settings.frames}
     return tuple(step / settings.steps for step in sorted(steps))
-
-
-def _flip(inputs: Inputs) -> bool:
-    """Whether the network of the run was trained with mirror images."""
-    config = inputs.learned.config if inputs.run is not None else None
-    return config is not None and config.flip
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ class _Job:
     def measure(self) -> dict[str, Any]:
         """Tracks by field, and how far they are apart."""
         inputs, steps = self.inputs, self.settings.steps
-        flip = _flip(inputs)
+        flip = inputs.flip
         field = inputs.field(flip=flip)
         noise = noise_of(self.seeds, field.shape)
         label = self._label()

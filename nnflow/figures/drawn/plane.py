@@ -108,7 +108,10 @@ def _overview(document: Document) -> Sheet:
         _draw_paths(panels, panels.axes(row, 0), found)
         _draw_field(panels, panels.axes(row, 1), found, settings["arrows_at"])
         _draw_trajectories(panels.axes(row, 2), found)
-    about = f"x0 ~ N(0, I), {settings['trajectories']} seeds, {settings['steps']} Euler steps; orange: points"
+    about = (
+        f"x0 ~ N(0, I), {settings['trajectories']} seeds, {settings['steps']} Euler steps; "
+        "orange: points, in the middle t times these"
+    )
     panels.sheet.title("Flow matching onto points of the plane", about)
     return panels.sheet
 
