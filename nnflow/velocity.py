@@ -56,19 +56,21 @@ class Estimate:
         velocity: (mean - x) / (1 - t).
         mean: posterior mean of the data, E[x1 | x_t = x].
         far_mass: share of the mass of images that were only estimated, in [0, 1].
-        tail_mass: upper bound on the share of the soft-max mass left out, in [0, 1]; 1 where unknown.
+        tail_mass: upper bound on the share of the soft-max mass not summed in pixels, in [0, 1], 1 where
+            unknown; of a far field the estimate `far_mass`, which is no bound.
         bound: |velocity - exact| <= bound in L2, in exact arithmetic; inf where nothing is known.
         ess: effective sample size 1 / sum w^2 of the images summed or estimated, at least 1.
         ids: the images summed in pixels, as rows of the store; n + i for the mirror image of i, -1 for
             none. Not filled in where all were.
         whole: whether all images were summed in pixels.
         candidates: how many were.
-        error: the 99th percentile of the relative velocity error that calibration measured at this time
-            for the ladder used, on queries of the path; 0 for the exact field, nan where none was measured.
+        error: the 99th percentile of the relative velocity error that calibration measured for the ladder
+            used, on paths to stored images: the larger of those at the two measured times about t, of all
+            classes together. 0 for the exact field, nan where none was measured.
         ladder: how each query's sum was taken: "exact", "index/100" (what the index finds), "index/8 in 2
             lists", "512/100" (far field in 512 coordinates, 100 images in pixels), "64/16 alone" (no far
             field), "512/30 of 65536" (of a sample that stands for all), "512/300 rest of 262144" (of one for
-            those that are not among the first 300).
+            those that are not among the first 300). With flips, how that of the images unmirrored was.
     """
 
     velocity: Float[Tensor, "B C H W"]
@@ -85,7 +87,7 @@ class Estimate:
 
 
 class EmpiricalVelocity(Velocity):
-    """The velocity (1) of the images in a store: `exact`, or over the `nearest` that an index finds.
+    """The velocity (1) of the images in a store: `exact`, `near_and_far`, or of the `nearest` alone.
 
     Not differentiable: a target and an ODE field, not a layer. Build it once, query it many times.
     """
@@ -179,7 +181,7 @@ class EmpiricalVelocity(Velocity):
             device: where queries live; a GPU when there is one.
 
         Raises:
-            InputError: a tolerance beside a ladder, or none of either's kind.
+            InputError: a tolerance beside a ladder, or one that is not positive.
             StoreError: a tolerance, and no calibration of this index.
         """
         fixed = (k, rank, levels) != (None, None, None)
@@ -227,6 +229,7 @@ class EmpiricalVelocity(Velocity):
         """Posterior mean E[x1 | x_t = x], (B, C, H, W)."""
         return self.estimate(x, t, label).mean
 
+    @torch.no_grad()
     def score(self, x: Tensor, t: Tensor | float, label: Tensor | int | None = None) -> Tensor:
         """Grad log p_t(x) = (t m - x) / (1 - t)^2, (B, C, H, W)."""
         return score_from_mean(self.mean(x, t, label), x, t)
@@ -251,6 +254,11 @@ class EmpiricalVelocity(Velocity):
 
     def _checked(self, x: Tensor, t: Tensor | float) -> Float[Tensor, " B"]:
         wanted = f"wanted float32 (B, {', '.join(map(str, self.shape))})"
+        if x.ndim == 0 and torch.as_tensor(t).ndim == 4:
+            raise InputError(
+                f"x is one number and t an image: {wanted}; a solver that calls f(t, x), as torchdiffeq's, "
+                "takes `lambda t, x: field(x, t)`"
+            )
         if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.shape):
             raise InputError(f"x of shape {tuple(x.shape)}: {wanted}, the shape of the stored images")
         if x.dtype != torch.float32:
@@ -264,7 +272,8 @@ class EmpiricalVelocity(Velocity):
             raise InputError(f"t of shape {tuple(times.shape)}: wanted one time, or one for each of {len(x)}")
         if not bool(((times >= 0) & (times < 1)).all()):
             raise InputError(
-                f"time {_range(times)}: wanted [0, 1); at t = 1 the velocity off the data is infinite"
+                f"time {_range(times)}: wanted [0, 1); at t = 1 the velocity off the data is infinite. An "
+                "adaptive solver of torchdiffeq oversteps unless options={'step_t': [its last time]}"
             )
         return times.expand(len(x)).contiguous()
 

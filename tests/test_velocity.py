@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import DEVICE, D, FieldContract, N, all_images, oracle, pixels_of, queries
 from peaks import peak_of
+from refusals import refused
 from stores import store_of
 
 from nnflow import memory
@@ -210,3 +211,20 @@ def test_a_class_far_from_the_query_is_found_by_an_approximate_index(tmp_path: P
     estimate = EmpiricalVelocity.nearest(index, k=20, device="cpu").estimate(x, 0.9, 1)
     assert estimate.ids is not None
     assert ((estimate.ids >= 300) & (estimate.ids < 600)).all()
+
+
+def test_nothing_of_a_field_pretends_to_be_differentiable(tmp_path: Path) -> None:
+    """A gradient through x alone, the mean held fixed, would be a plausible and wrong divergence."""
+    field = EmpiricalVelocity.exact(store_of(pixels_of(5), tmp_path))
+    x = torch.randn(2, *field.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for found in (field(x, 0.3), field.mean(x, 0.3), field.score(x, 0.3), field.denoiser(x, 0.7)):
+        assert not found.requires_grad
+
+
+def test_a_solver_that_asks_the_other_way_round_is_told(tmp_path: Path) -> None:
+    field = EmpiricalVelocity.exact(store_of(pixels_of(5), tmp_path))
+    x = torch.zeros(2, *field.shape)
+    with refused(InputError, "lambda t, x: field"):
+        field(torch.tensor(0.3), x)
+    with refused(InputError, "step_t"):
+        field(x, 1.2)
