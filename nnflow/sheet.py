@@ -26,7 +26,7 @@ SMALL, MEDIUM, LARGE = 20, 24, 28  # letter heights in pixels, legible at half s
 Number = int | float
 
 _SYMBOLS = {"u_theta": r"$u_\theta$", "u*": r"$u^{*}$", "p_t": "$p_t$", "tau": r"$\tau$"}
-_TOKEN = re.compile(r"\bu_theta\b|\bu\*|\btau\b")
+_TOKEN = re.compile(r"\bu_theta\b|\bu\*|\bp_t\b|\btau\b")
 
 
 class Sheet:
@@ -237,6 +237,6 @@ def save_film(pages: Sequence[np.ndarray], path: Path, *, milliseconds: int, las
 
 
 def _typeset(text: str) -> str:
-    r"""`text` with u*, u_theta and tau as symbols, and every $ of its own kept a plain dollar."""
+    r"""`text` with u*, u_theta, p_t and tau as symbols, and every $ of its own kept a plain dollar."""
     escaped = text.replace("$", r"\$")
     return _TOKEN.sub(lambda match: _SYMBOLS[match.group()], escaped)

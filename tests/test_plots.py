@@ -249,6 +249,7 @@ def test_symbols_are_set_as_symbols(tmp_path):
 
     assert width("u_theta") < width("u_thetas") / 2
     assert width("tau") < width("taus") / 2
+    assert width("p_t") < width("p_ts") / 1.3
     assert width("$x$") > 2 * width("x")  # and a dollar as a dollar
 
 
