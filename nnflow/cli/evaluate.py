@@ -74,13 +74,7 @@ def evaluate(
     images, seeds = (None, ()) if samples is None else read_samples(samples)
     extractors = [chosen_extractor(name, index, store, where) for name in features]
     learned = field = None
-    made = {} if samples is None else config_beside(samples)
-    if made.get("fingerprint", store.fingerprint) != store.fingerprint:
-        click.echo(
-            f"nnflow: note: {shown(samples)} was drawn beside other images than {shown(index)}'s", err=True
-        )
-    # Samples say whether a mirrored copy is a copy; those made before that was looked at, whether u* was.
-    flip = bool(made.get("mirrored", made.get("flip", False)))
+    flip = samples is not None and _mirrored(samples, index, store)
     chosen = chosen_estimator(index, estimator, k=k, tolerance=tolerance)
     if run is not None:
         learned = learned_field(run, store, ema=True, device=where)
@@ -112,6 +106,16 @@ def evaluate(
         **dataclasses.asdict(chosen),
     }  # fmt: skip
     _write(out, result, config)
+
+
+def _mirrored(samples: Path, index: Path, store: ImageStore) -> bool:
+    """Whether mirrored copies are copies to the makers of `samples`; notes that these knew other images."""
+    made = config_beside(samples)
+    if made.get("fingerprint", store.fingerprint) != store.fingerprint:
+        note = f"{shown(samples)} was drawn beside other images than {shown(index)}'s"
+        click.echo(f"nnflow: note: {note}", err=True)
+    # Samples made before that was looked at only say whether u* was mirrored.
+    return bool(made.get("mirrored", made.get("flip", False)))
 
 
 def _write(out: Path, result: Evaluation, config: dict[str, Any]) -> None:
