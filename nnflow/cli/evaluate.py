@@ -60,7 +60,7 @@ def evaluate(
 
     A sample counts as memorised when it is three times nearer to one training image than to any other; of
     what was trained or sampled with flips, to that image or its mirror image. Copies of an image stored
-    twice do not count: how many equal an image in every byte is said where it is more.
+    twice need not count: how many equal an image in every byte is said where that is more.
     With --features, Frechet distance (FID in these features), KID, precision and recall of samples against
     training and held-out images, and of as many held-out images against the training images, the null.
     Writes evaluation.json, distances.png (with --samples or --held-out) and error.png (with --run).
